@@ -7,7 +7,7 @@ __all__ = ['log', 'PytcError', 'one_of', 'Registry', 'Box', 'parse_voxels', 'ref
            'checksum', 'cpu_budget', 'progress']
 
 # %% ../nbs/00_core.ipynb #38d96f05
-import contextlib, difflib, hashlib, json, logging, math, os, shutil, sys
+import contextlib, difflib, hashlib, inspect, json, logging, math, os, shutil, sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +41,14 @@ class Registry:
             self.entries[name] = entry
             return entry
         return enter
+
+    def call(self, name, *given, **params):
+        "Call the entry `name`; a parameter it does not have is refused with the nearest valid names."
+        entry = self[name]
+        # What is given by position is not for the user to set.
+        allowed = list(inspect.signature(entry).parameters)[len(given):]
+        for param in params: one_of(param, allowed, f"parameter of {self.kind} {name!r}:")
+        return entry(*given, **params)
 
     def __getitem__(self, name): return self.entries[one_of(name, self.entries, self.kind)]
     def __iter__(self): return iter(sorted(self.entries))
