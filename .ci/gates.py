@@ -3,301 +3,253 @@ import ast, atexit, functools, json, os, re, shutil, subprocess, symtable, sys, 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-BIN = Path(sys.executable).parent
-PYTHON = sys.executable
-
+ROOT, PYTHON, BIN = Path(__file__).resolve().parents[1], sys.executable, Path(sys.executable).parent
 COVERED = 80  # per cent of the lines of pytc/ that its notebooks must run
 HEAVY = {"torch", "monai", "lightning", "cellmap_data"}  # seconds each, so they stay out of `import pytc` and of `pytc --help`
 VERBS = "train predict decode evaluate tune sweep run submit lint score view report demo download doctor".split()
-FIB25 = {"voi_sum": 1.6, "error": 0.25}  # a run on real data must score below these
-PICTURE = 100_000  # bytes; a picture in a notebook stays in the repository for ever
+FIB25 = {"voi_sum": 1.6, "error": 0.25}  # a run on real tissue must score below these
 
 # Nothing of the caller's shell may change what is tested: its git, its PYTHONPATH, nbdev's own switch.
-ENV = {k: v for k, v in os.environ.items() if k not in ("IN_TEST", "PYTHONPATH", "PYTHONHOME") and not k.startswith("GIT_")}
-ENV |= {"PATH": f"{BIN}{os.pathsep}{ENV['PATH']}"}
+ENV = {k: v for k, v in os.environ.items() if not re.match("GIT_|IN_TEST$|PYTHON(PATH|HOME|SAFEPATH)$", k)}
+ENV["PATH"] = f"{BIN}{os.pathsep}{os.environ['PATH']}"
 
+class Failed(Exception): "What is wrong, and what to do."
 
-class Failed(Exception):
-    "What is wrong, and what to do."
-
+def refuse(problems):
+    if problems: raise Failed("\n".join(problems))
 
 def run(*command, cwd, env=ENV, minutes=20):
     "What a command said, or `Failed` with the end of it."
     with tempfile.TemporaryFile("w+", errors="replace") as said:  # a pipe would wait for a worker that the command left behind
-        try: code = subprocess.run([*map(str, command)], cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT,
-                                   timeout=60 * minutes).returncode
+        both = dict(stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT)
+        try: code = subprocess.run([*map(str, command)], cwd=cwd, env=env, timeout=60 * minutes, **both).returncode
         except subprocess.TimeoutExpired: code = f"none within {minutes} minutes"
         said.seek(0)
-        text = said.read()
-    if code: raise Failed(f"{Path(command[0]).name} {' '.join(map(str, command[1:]))}: exit code {code}\n" + "\n".join(text.splitlines()[-40:]))
+        text = re.sub(r"\x1b\[[\d;]*m", "", said.read())  # colours
+    if code: refuse([f"{' '.join(Path(c).name for c in map(str, command[:4]))} …: exit code {code}", *text.splitlines()[-40:]])
     return text
 
+def two_at_a_time(function, items):
+    with ThreadPoolExecutor(2) as pool: return list(pool.map(function, items))
 
 # ---- a copy of the working tree, so that no gate touches a file of yours
-
 @functools.cache
 def tree():
     "The folder of the copy: what git tracks or would track, as it stands now, in a git index of its own."
-    files = run("git", "ls-files", "-coz", "--exclude-standard", cwd=ROOT).split("\0")
     copy = Path(tempfile.mkdtemp(prefix="pytc-")).resolve()
     atexit.register(shutil.rmtree, copy, ignore_errors=True)
-    for file in files:
-        if not os.path.lexists(ROOT / file) or not file: continue  # deleted, not yet committed
+    for file in run("git", "ls-files", "-coz", "--exclude-standard", cwd=ROOT).split("\0"):
+        if not file or not os.path.lexists(ROOT / file): continue  # deleted, and that not yet committed
         (copy / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / file, copy / file, follow_symlinks=False)
-    run("git", "init", "-q", cwd=copy)
-    run("git", "add", "-Af", cwd=copy)
+    for command in (["init", "-q"], ["add", "-Af"]): run("git", *command, cwd=copy)
     return copy
 
-
-def git(*arguments): return run("git", *arguments, cwd=tree())
-
-
 def unchanged(advice):
-    "Fail with `advice` if the copy differs from the working tree; either way it is as before afterwards."
-    changed = sorted(set(git("ls-files", "-mdo", "--exclude-standard").splitlines()))
-    diff = git("diff", "--unified=0").splitlines()[:20]
-    git("checkout-index", "-af"); git("clean", "-fdq")
-    if changed: raise Failed("\n".join([f"{advice}: {', '.join(changed)}", *diff]))
-
+    "Fail with `advice` if the copy is no longer as it was made; either way it is so again afterwards."
+    git = lambda *arguments: run("git", *arguments, cwd=tree()).splitlines()
+    changed, diff = sorted(set(git("ls-files", "-mdo", "--exclude-standard"))), git("diff", "--unified=0")
+    for command in (["checkout-index", "-af"], ["clean", "-fdq"]): git(*command)
+    if changed: refuse([f"{advice}: {', '.join(changed)}", *diff[:20]])
 
 # ---- notebooks
+def notebook(path):
+    "Its JSON, with every source in one piece."
+    try: content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error: raise Failed(f"{path.name} is not a notebook ({error}); restore it from git") from error
+    for cell in content["cells"]: cell["source"] = "".join(cell["source"])
+    return content
 
-def code_of(path):
-    "The source of each code cell, `{cell: source}` by its place."
-    try: cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    except (ValueError, KeyError) as error: raise Failed(f"{path.name} is not a notebook ({error}); restore it from git") from error
-    return {i: "".join(cell["source"]) for i, cell in enumerate(cells) if cell["cell_type"] == "code"}
+def code_cells(path): return [cell for cell in notebook(path)["cells"] if cell["cell_type"] == "code"]
+def directives(source): return re.match(r"(\s*#\s*\|.*(\n|$))*", source)[0]
 
-
-def chapters(flag=None): 
-    "Notebooks that have code to run; with `flag`, only those with a cell flagged so."
-    paths = {p: "\n".join(code_of(p).values()) for p in sorted((tree() / "nbs").glob("*.ipynb"))}
-    return [p for p, code in paths.items() if re.search(rf"^#\|\s*{flag}\b" if flag else r"\S", code, re.M)]
-
-
-def directive(name, source):
-    "What follows `#| name` in a cell, `''` if nothing does, None without that directive."
-    found = re.search(rf"^\s*#\s*\|\s*{name}\b[ \t]*(\S*)", source, re.M)
+def directive(name, cell):
+    "What follows `#| name` at the head of a cell, `''` if nothing does, None where the cell has no such directive."
+    found = re.search(rf"^\s*#\s*\|\s*{name}\b[ \t]*(\S*)", directives(cell["source"]), re.M)
     return found and found[1]
 
-
-def module_of(path): return next(filter(None, (directive("default_exp", source) for source in code_of(path).values())), None)
-
+def left_out(path): return any(re.search(r"^\W*skip_exec:\s*true", cell["source"], re.M) for cell in notebook(path)["cells"][:2])
+def chapters(): return [path for path in sorted(tree().glob("nbs/*.ipynb")) if code_cells(path) and not left_out(path)]
+def module_of(path): return next((to for cell in code_cells(path) if (to := directive("default_exp", cell))), None)
 
 def run_notebooks(paths, flags="", under=()):
-    "Run each by nbdev_test in a process of its own, two at a time; says how many ran and which took longest."
-    # On a CPU and offline is how a reader has the book: no GPU is visible, and the way out leads nowhere.
-    env = ENV | {"MPLBACKEND": "Agg", "PYTHONPATH": str(tree()), "CUDA_VISIBLE_DEVICES": "", "no_proxy": "localhost,127.0.0.1"}
-    env |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"), "1")
+    "Run each by nbdev_test in a process of its own; says how many ran and which took longest."
+    # A CPU and no network is how a reader has the book: no GPU is visible, and the way out leads nowhere.
+    env = ENV | {"PYTHONPATH": str(tree()), "MPLBACKEND": "Agg", "CUDA_VISIBLE_DEVICES": "", "no_proxy": "localhost,127.0.0.1"}
+    env |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     env |= dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"), "http://127.0.0.1:9")
 
     def one(path):
-        begun = time.time()
-        # nbdev_test exits 0 without a notebook to test; only one that it executes is announced by "Starting".
-        try:
-            said = run(PYTHON, *under, BIN / "nbdev_test", "--path", path, "--do_print", "--flags", flags, cwd=tree(), env=env)
-            missed = not re.search(rf"^Starting .*{re.escape(path.name)}$", said, re.M) or not re.search("^Success.$", said, re.M)
-            problem = "nbdev_test ran none of its cells (skip_exec, or a name that begins with _)" if missed else ""
+        begun, problem = time.time(), ""
+        try: said = run(PYTHON, *under, BIN / "nbdev_test", "--path", path, "--do_print", "--flags", flags, cwd=tree(), env=env)
         except Failed as failure: problem = str(failure)
-        COUNT[not problem] += 1
+        # nbdev_test exits 0 when it tested nothing; "Starting NAME" is printed only for a notebook whose cells are executed.
+        else: problem = "" if re.search(rf"^Starting .*/{path.name}$", said, re.M) else "nbdev_test ran no cell of it"
         return time.time() - begun, path.stem, problem
 
-    with ThreadPoolExecutor(2) as pool: results = list(pool.map(one, paths))
+    results = two_at_a_time(one, paths)
     failed = [f"{name}: {problem}" for _, name, problem in results if problem]
-    if failed: raise Failed(f"{len(failed)} of {len(results)} notebooks; nbdev_test --path nbs/NAME.ipynb shows it alone\n" + "\n".join(failed))
+    COUNT[True], COUNT[False] = COUNT[True] + len(results) - len(failed), COUNT[False] + len(failed)
+    if failed: refuse([f"{len(failed)} of {len(results)} notebooks; to see one alone: .venv/bin/nbdev_test --path nbs/NAME.ipynb", *failed])
     return f"{len(results)} notebooks" + (", longest {1} {0:.0f} s".format(*max(results)) if results else "")
 
-
-def on_package(source, module):
-    "An exported cell as a reader of the package would write it: the names that it defines, imported."
-    exported = [to for to in (directive(name, source) for name in ("export", "exporti", "exports")) if to is not None]
-    if not exported: return source
+def on_package(cell, module):
+    "The source of a code cell; of an exported one, the import of all names that it defines."
+    exported = [to for name in ("export", "exporti", "exports") if (to := directive(name, cell)) is not None]
+    if not exported: return cell["source"]
     module = f"pytc.{exported[0] or module}"
-    code = re.sub(r"^\s*%.*", "", source, flags=re.M)  # nbdev drops magics as well
+    code = re.sub(r"^\s*%.*", "", cell["source"], flags=re.M)  # as nbdev_export drops magics
     names = [s.get_name() for s in symtable.symtable(code, module, "exec").get_symbols() if s.is_assigned() or s.is_imported()]
-    directives = re.match(r"(\s*#\s*\|.*\n)*", source)[0]
-    return directives + (f"from {module} import {', '.join(names)}" if names else f"import {module}")
-
+    return directives(cell["source"]) + (f"from {module} import {', '.join(names)}" if names else f"import {module}")
 
 # ---- the gates of `make test`
-
 def clean():
-    "Notebooks are as nbdev_clean leaves them, and job notebooks are sources: one `parameters` cell, no outputs."
+    "Notebooks are as nbdev_clean leaves them; job notebooks are sources: no outputs, and one cell for papermill to set."
     for folder in ("nbs", "tutorials"): run(BIN / "nbdev_clean", "--fname", folder, cwd=tree())
     unchanged("run nbdev_clean, and nbdev_clean --fname tutorials, then commit")
-    jobs = sorted((tree() / "tutorials").glob("*.ipynb"))
-    for path in jobs + sorted((tree() / "nbs").glob("*.ipynb")):
-        cells = [json.loads(path.read_text(encoding="utf-8"))["cells"][i] for i in code_of(path)]
-        if any(cell["execution_count"] for cell in cells): raise Failed(f"{path.name} has execution counts; run nbdev_clean")
-        if path not in jobs: continue
-        if any(cell["outputs"] for cell in cells): raise Failed(f"tutorials/{path.name} has outputs; run nbdev_clean --clear_all on it")
-        tagged = sum("parameters" in cell["metadata"].get("tags", []) for cell in cells)
-        if tagged != 1: raise Failed(f"tutorials/{path.name} has {tagged} cells tagged `parameters`; papermill needs exactly one")
+    jobs = sorted(tree().glob("tutorials/*.ipynb"))
+    refuse([f"{path.name} has execution counts; run nbdev_clean" for path in tree().glob("*/*.ipynb")
+            if any(cell["execution_count"] for cell in code_cells(path))])
+    refuse([f"{path.name} is a source and has outputs; run jupyter nbconvert --clear-output --inplace on it" for path in jobs
+            if any(cell["outputs"] for cell in code_cells(path))])
+    tagged = {path.name: sum("parameters" in cell["metadata"].get("tags", []) for cell in code_cells(path)) for path in jobs}
+    refuse([f"{name} has {n} cells tagged `parameters`; papermill needs exactly one" for name, n in tagged.items() if n != 1])
     return f"{len(jobs)} job notebooks"
-
 
 def export():
     "pytc/, made anew from the notebooks, is what is committed."
     for module in (tree() / "pytc").glob("*.py"): module.unlink()
     run(BIN / "nbdev_export", cwd=tree())
-    unchanged("pytc/ is written by nbdev_export: edit the notebook, export, commit both; nobody edits these by hand")
+    unchanged("pytc/ is written by nbdev_export; edit the notebook, not these, then export and commit both")
 
-
-def notebooks():
-    "Every notebook runs, on a CPU and offline, and leaves no file behind."
-    if not chapters(): raise Failed("no notebook in nbs/ has code")
-    said = run_notebooks(chapters())
-    unchanged("a notebook wrote here; let it write into a temporary folder")
-    return said
-
-
-def package():
-    "The same tests with every exported cell replaced by an import, so that pytc/ itself is tested, and measured."
-    copy = shutil.copytree(tree() / "nbs", tree() / "nbs_package", symlinks=True)
-    for path in chapters():
-        notebook, module = json.loads(path.read_text(encoding="utf-8")), module_of(path)
-        for i, source in code_of(path).items(): notebook["cells"][i]["source"] = on_package(source, module)
-        (copy / path.name).write_text(json.dumps(notebook), encoding="utf-8")
-    # The bodies of compiled kernels run where Python cannot see them.
-    (tree() / ".coveragerc").write_text(f"[run]\nsource = {tree()}/pytc\nomit = */_modidx.py\nparallel = true\ndata_file = {tree()}/.coverage\n"
-                                        "patch = subprocess\n[report]\nexclude_also = @(\\w+\\.)?(n?jit|vectorize|guvectorize)\\b\n")
-    said = run_notebooks([copy / path.name for path in chapters()], under=("-m", "coverage", "run", f"--rcfile={tree()}/.coveragerc"))
-    run(PYTHON, "-m", "coverage", "combine", "-q", cwd=tree())
-    table = run(PYTHON, "-m", "coverage", "report", cwd=tree()).strip()
-    covered = int(run(PYTHON, "-m", "coverage", "report", "--format=total", cwd=tree()))
-    if covered < COVERED: raise Failed(f"notebooks run {covered} % of pytc/, and it takes {COVERED} %; add checks to the chapters that miss most\n{table}")
-    return f"{said}, {covered} % of pytc/ run\n{table}"
-
+def words():
+    "No tracked file names a home folder or this checkout; no notebook shows an error, or what differs from run to run."
+    home = r"(?<![\w.])(/(home|Users)/\w|/root\b(?=/)" + (rf"|{re.escape(str(ROOT))}\b)" if len(ROOT.parts) > 2 else ")")
+    wrong = []
+    for name in run("git", "ls-files", cwd=tree()).splitlines():
+        if (path := tree() / name).is_symlink(): continue
+        for number, line in enumerate(path.read_bytes().decode("utf-8", "ignore").splitlines(), 1):
+            if found := re.search(home, line): wrong.append(f"{name}:{number} names {found[0]}; write it relative to the project")
+        for output in [output for cell in code_cells(path) for output in cell["outputs"]] if path.suffix == ".ipynb" else ():
+            said = {kind: data for kind, data in output.pop("data", {}).items() if not kind.startswith("image/")}
+            if found := re.search(r'/tmp/|0x7f|Traceback \(most recent|"output_type": "error"', json.dumps([output, said])):
+                wrong.append(f"{name}: an output shows {found[0]}; print what is the same on every machine, and no error")
+    refuse(wrong)
 
 def imports():
-    "Every module imports alone; each imports only modules of earlier notebooks; the light ones load nothing heavy."
-    notebooks = {module_of(path): path for path in chapters() if module_of(path)}
-    modules = {path.stem: path for path in sorted((tree() / "pytc").glob("*.py")) if not path.stem.startswith("_")}
-    wrong = [f"notebook {p.name} has no pytc/{m}.py; run nbdev_export" for m, p in notebooks.items() if m not in modules]
-    wrong += [f"pytc/{m}.py has no notebook; remove it, or write the notebook" for m in modules if m not in notebooks]
-    place = {module: re.match(rf"(\d+)([a-z]?)_{module}$", path.stem) for module, path in notebooks.items()}
-    wrong += [f"{notebooks[m].name} must be called NUMBER_{m}.ipynb" for m, found in place.items() if not found]
-    place = {module: (int(found[1]), found[2]) for module, found in place.items() if found}
-    for module, other in ((m, o) for m in place.keys() & modules.keys() for o in imported(modules[m]) & place.keys()):
-        if place[other] >= place[module]: wrong.append(f"pytc.{module} imports pytc.{other}, which stands in {notebooks[other].name}: import only from earlier")
-    if wrong: raise Failed("\n".join(wrong))
+    "Every module has a notebook and imports only modules of earlier ones (so there are no cycles); the light ones stay light."
+    notebooks = {module: path.stem for path in tree().glob("nbs/*.ipynb") if (module := module_of(path))}
+    modules = {path.stem: path for path in sorted((tree() / "pytc").glob("[!_]*.py"))}
+    refuse([f"pytc/{name}.py and NUMBER_{name}.ipynb: only one of both is there" for name in sorted(notebooks.keys() ^ modules.keys())])
+    place = {module: re.match(rf"(\d+)([a-z]?)_{module}$", stem) for module, stem in notebooks.items()}
+    refuse([f"{notebooks[m]}.ipynb exports pytc.{m} and so must be called NUMBER_{m}.ipynb" for m, found in place.items() if not found])
+    place = {module: (int(found[1]), found[2]) for module, found in place.items()}
+    refuse([f"pytc.{m} imports pytc.{other} of {notebooks[other]}.ipynb; import only from notebooks before {notebooks[m]}.ipynb"
+            for m, path in modules.items() for other in sorted(imported(path) & place.keys()) if place[other] >= place[m]])
 
-    def alone(module):
-        script = f"import sys, pytc{module and '.'}{module}; print(*sorted({HEAVY!r} & set(sys.modules)))"
-        heavy = run(PYTHON, "-c", script, cwd=tree()).splitlines()[-1]
-        return module in ("", "cli") and heavy and f"import pytc{module and '.'}{module} loads {heavy}; import those inside the functions that need them"
-    with ThreadPoolExecutor(2) as pool: wrong = [w for w in pool.map(alone, ["", *modules]) if w]
-    if wrong: raise Failed("\n".join(wrong))
+    for module in ("pytc", *(["pytc.cli"] if "cli" in modules else [])):
+        loaded = run(PYTHON, "-c", f"import sys, {module}; print('\\n', *sys.modules)", cwd=tree()).splitlines()[-1].split()
+        refuse([f"import {module} loads {name}; import that inside the functions that need it" for name in sorted(HEAVY & set(loaded))])
     return f"{len(modules)} modules"
 
-
 def imported(path):
-    "The modules of pytc that a module's source names in an import, in functions too."
+    "The modules of pytc that a module's source names, in functions too."
     names = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import): names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
+        if isinstance(node, ast.ImportFrom):
             base = ".".join(filter(None, ["pytc" if node.level else "", node.module]))
-            names += [base] + [f"{base}.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name): names.append(f"{node.value.id}.{node.attr}")
+            names += [base, *(f"{base}.{alias.name}" for alias in node.names)]
     return {name.split(".")[1] for name in names if name.startswith("pytc.")}
 
+def notebooks():
+    "Every notebook runs, on a CPU and offline, and leaves no file behind."
+    if not chapters(): raise Failed("no notebook in nbs/ has code; is this the whole checkout?")
+    said = [run_notebooks(chapters()), *(f"{path.stem} left out by its skip_exec" for path in tree().glob("nbs/*.ipynb") if left_out(path))]
+    unchanged("a notebook wrote into the project; let it write into a temporary folder")
+    return ", ".join(said)
+
+def package():
+    "The same checks with every exported cell replaced by an import, so that pytc/ itself is tested, and measured."
+    copy = shutil.copytree(tree() / "nbs", tree() / "nbs_package", symlinks=True)
+    for path in chapters():
+        content, module = notebook(path), module_of(path)
+        for cell in content["cells"]:
+            if cell["cell_type"] == "code": cell["source"] = on_package(cell, module)
+        (copy / path.name).write_text(json.dumps(content), encoding="utf-8")
+    # The bodies of compiled kernels run where Python cannot see them.
+    (tree() / ".coveragerc").write_text("[run]\nomit = */_modidx.py\nparallel = true\npatch = subprocess\n"
+        f"source = {tree()}/pytc\ndata_file = {tree()}/.coverage\n[report]\nexclude_also = @(\\w+\\.)?(n?jit|vectorize|guvectorize)\\b\n")
+    said = run_notebooks([copy / path.name for path in chapters()], under=("-m", "coverage", "run", f"--rcfile={tree()}/.coveragerc"))
+    report = lambda *command: run(PYTHON, "-m", "coverage", *command, cwd=tree()).strip()
+    report("combine", "-q")
+    table, covered = report("report"), int(report("report", "--format=total"))
+    if covered < COVERED: raise Failed(f"notebooks run {covered} % of pytc/, below {COVERED} %; add checks where most is missed\n{table}")
+    return f"{said}, {covered} % of pytc/ run\n{table}"
 
 def wheel():
-    "A wheel carries the code and the job notebooks, and works where there is no checkout."
+    "A wheel carries the code and the job notebooks; without a checkout, each module imports alone and the command answers."
     with tempfile.TemporaryDirectory(prefix="pytc-wheel-") as tmp:
         tmp = Path(tmp).resolve()
-        run(PYTHON, "-m", "build", "--no-isolation", "--outdir", tmp, cwd=tree())  # the wheel is built from the sdist: both are whole
+        run(PYTHON, "-m", "build", "--no-isolation", "--outdir", tmp, cwd=tree())  # makes the wheel from the sdist, so both are whole
         built, = tmp.glob("*.whl")
-        want = {f"pytc/{p.name}": p for p in (tree() / "pytc").glob("*.py")}
-        want |= {f"pytc/tutorials/{p.relative_to(tree() / 'tutorials')}": p for p in (tree() / "tutorials").rglob("*") if p.is_file()}
-        with zipfile.ZipFile(built) as archive:
-            have = {name for name in archive.namelist() if name.startswith("pytc/")}
-            wrong = [f"lacks {n}" for n in want.keys() - have] + [f"has {n} too" for n in have - want.keys()]
-            wrong += [f"has another {n}" for n in want.keys() & have if archive.read(n) != want[n].read_bytes()]
-        if wrong: raise Failed(f"{built.name} {', '.join(sorted(wrong))}; see package_data in setup.py and MANIFEST.in")
+        want = {f"pytc/{path.name}": path.read_bytes() for path in tree().glob("pytc/*.py")}
+        want |= {f"pytc/{path.relative_to(tree())}": path.read_bytes() for path in tree().glob("tutorials/**/*") if path.is_file()}
+        with zipfile.ZipFile(built) as archive: have = {name: archive.read(name) for name in archive.namelist() if name.startswith("pytc/")}
+        wrong = sorted(name for name in want.keys() | have.keys() if want.get(name) != have.get(name))
+        if wrong: raise Failed(f"wheel and tree differ in {', '.join(wrong)}; see package_data in setup.py, and MANIFEST.in")
 
-        run(PYTHON, "-m", "venv", tmp / "venv", cwd=tmp)
-        python, (site,) = tmp / "venv/bin/python", (tmp / "venv").glob("lib/python*/site-packages")
-        run(python, "-m", "pip", "install", "-q", "--no-index", "--no-deps", built, cwd=tmp)
-        packages, = BIN.parent.glob("lib/python*/site-packages")
-        (site / "everything_else.pth").write_text(f"{packages}\n")  # read after this folder, and without its own .pth files: no checkout
-        modules = ["pytc", *(f"pytc.{p.stem}" for p in (tree() / "pytc").glob("*.py") if p.stem != "__init__")]
-        script = "import importlib, sys; print(*(importlib.import_module(name).__file__ for name in sys.argv[1:]), sep='\\n')"
-        places = run(python, "-c", script, *modules, cwd=tmp).splitlines()[-len(modules):]
-        if any(not place.startswith(str(site)) for place in places): raise Failed(f"imported from elsewhere than the wheel: {places}")
-
+        python = tmp / "venv/bin/python"
+        run(PYTHON, "-m", "venv", "--without-pip", tmp / "venv", cwd=tmp)
+        run(PYTHON, "-m", "pip", "--python", python, "install", "-q", "--no-index", "--no-deps", built, cwd=tmp)
+        (site,), (others,) = (folder.glob("lib/python*/site-packages") for folder in (tmp / "venv", BIN.parent))
+        (site / "others.pth").write_text(f"{others}\n")  # searched last, and its .pth files are not read: no checkout
+        modules = ["pytc", *(f"pytc.{path.stem}" for path in sorted(tree().glob("pytc/[!_]*.py")))]
+        place = lambda module: run(python, "-c", f"import {module}; print('\\n' + {module}.__file__)", cwd=tmp).splitlines()[-1]
+        refuse([f"found {path} instead of the wheel's" for path in two_at_a_time(place, modules) if not path.startswith(str(site))])
         begun = time.time()
-        said = run(tmp / "venv/bin/pytc", "--help", cwd=tmp)
-        if lost := [verb for verb in VERBS if not re.search(rf"^\W*{verb}\b", said, re.M)]: raise Failed(f"pytc --help lists no {', '.join(lost)}")
-        return f"{built.name}, {len(want)} files; pytc --help takes {time.time() - begun:.1f} s"
-
-
-def words():
-    "No tracked file names a home folder or this checkout; no notebook shows what differs from run to run, or an error."
-    home = re.compile(r"(?<![\w.])/(?:home|Users)/\w|(?<![\w.])/root\b(?=/)" + (f"|{re.escape(str(ROOT))}\\b" if len(ROOT.parts) > 2 else ""))
-    wrong = []
-    for path in (tree() / name for name in git("ls-files").splitlines()):
-        if path.is_symlink(): continue
-        lines = path.read_bytes().decode("utf-8", "ignore").splitlines()
-        wrong += [f"{path.relative_to(tree())}:{i} names {found[0]}…; say it relative to the project" for i, line in enumerate(lines, 1)
-                  if (found := home.search(line))]
-        if path.suffix != ".ipynb": continue
-        for i in code_of(path):
-            for output in json.loads("\n".join(lines))["cells"][i]["outputs"]:
-                pictures = {k: v for k, v in output.get("data", {}).items() if k.startswith("image/")}
-                if any(len("".join(v)) * 3 // 4 > PICTURE for v in pictures.values()): wrong.append(f"{path.name}, cell {i}: a picture above {PICTURE} bytes; lower its dpi")
-                text = json.dumps(output | {"data": {k: v for k, v in output.get("data", {}).items() if k not in pictures}})
-                if found := re.search(r"/tmp/|0x7f|Traceback \(most recent|\"output_type\": \"error\"", text):
-                    wrong.append(f"{path.name}, cell {i}: its output shows {found[0]}; print what is the same on every machine")
-    if wrong: raise Failed("\n".join(wrong))
-
+        said, took = run(tmp / "venv/bin/pytc", "--help", cwd=tmp), time.time() - begun
+        refuse([f"pytc --help does not list {verb}" for verb in VERBS if not re.search(rf"^\W*{verb}\b", said, re.M)])
+    return f"{len(want)} files, {len(modules)} modules; pytc --help takes {took:.1f} s"
 
 # ---- the gates of `make check`
-
 def slow():
-    "Notebooks with `#| slow` cells run with those."
-    return run_notebooks(chapters("slow"), flags="slow")
-
+    "Notebooks with `#| slow` cells, with those."
+    flagged = [path for path in chapters() if any(directive("slow", cell) is not None for cell in code_cells(path))]
+    return run_notebooks(flagged, flags="slow")
 
 def demo():
     "`pytc demo` goes from nothing to a score."
-    with tempfile.TemporaryDirectory(prefix="pytc-demo-") as tmp: return run(BIN / "pytc", "demo", cwd=tmp, minutes=30).strip()
-
+    with tempfile.TemporaryDirectory(prefix="pytc-demo-") as tmp: said = run(BIN / "pytc", "demo", cwd=tmp, minutes=30)
+    return "\n".join(["it ends with", *said.splitlines()[-12:]])
 
 def fib25():
-    "Training on real tissue gives the scores that the README promises."
-    if not os.environ.get("PYTC_DATA"): return "skipped: PYTC_DATA is not set"
+    "Training on real tissue reaches the scores that the README promises."
+    if not os.environ.get("PYTC_DATA"): return "skipped, PYTC_DATA is not set"
     with tempfile.TemporaryDirectory(prefix="pytc-fib25-") as tmp:
         run(BIN / "pytc", "train", "tutorials/fib25.yaml", "--run-dir", tmp, cwd=ROOT, minutes=60)
         scores = json.loads((Path(tmp) / "scores.json").read_text(encoding="utf-8"))
-    table = "\n".join(f"{name:24} {value:.4f}" if isinstance(value, float) else f"{name:24} {value}" for name, value in scores.items())
-    wrong = [f"{name} is {scores.get(name)}, and must be below {bound}" for name, bound in FIB25.items() if not scores.get(name, bound) < bound]
-    if wrong: raise Failed("; ".join(wrong) + f"\n{table}")
-    return f"below {FIB25}\n{table}"
+    table = [f"{name:24} {value:.4g}" if isinstance(value, float) else f"{name:24} {value}" for name, value in scores.items()]
+    wrong = [f"{name} is {scores.get(name)}, not below {bound}" for name, bound in FIB25.items() if not scores.get(name, bound) < bound]
+    refuse(wrong and [*wrong, *table])
+    return "\n".join([f"below {FIB25}", *table])
 
-
-GATES = {"test": (clean, export, words, notebooks, package, imports, wheel), "check": (slow, demo, fib25)}
-COUNT = {True: 0, False: 0}  # of gates and of notebooks
-
+GATES = {"test": (clean, export, words, imports, notebooks, package, wheel), "check": (slow, demo, fib25)}
+COUNT = {True: 0, False: 0}  # gates and notebooks that passed, that failed
 
 def main(suite="", *names):
-    "Run a suite; each gate prints a line, and its details below when it has some."
-    known = [gate.__name__ for gate in GATES.get(suite, ())]
-    if not known or set(names) - set(known): sys.exit(f"gates.py {' '.join((suite, *names))}: write {' or '.join(GATES)}, then any of {known}")
-    for gate in GATES[suite]:
-        if names and gate.__name__ not in names: continue
+    "Run a suite; each gate prints one line, and details below it where it has some."
+    gates = [gate for gate in GATES.get(suite, ()) if gate.__name__ in names or not names]
+    if not gates: sys.exit(f"gates.py {' '.join(sys.argv[1:])}: write one of {list(GATES)}, then nothing or names of its gates")
+    for gate in gates:
         begun = time.time()
         try: passed, said = True, gate() or ""
         except Failed as failure: passed, said = False, str(failure)
         except Exception: passed, said = False, traceback.format_exc()  # a gate that breaks has not passed
         COUNT[passed] += 1
-        head, *details = said.splitlines() or [""]
-        print(f"{'ok  ' if passed else 'FAIL'}  {gate.__name__} ({time.time() - begun:.0f} s){': ' + head if head else ''}", *details, sep="\n      ", flush=True)
+        line = f"{'ok  ' if passed else 'FAIL '}{gate.__name__} ({time.time() - begun:.0f} s)"
+        print(f"{line}: {said}".replace("\n", "\n    ") if said else line, flush=True)
     print(f"{COUNT[True]} passed, {COUNT[False]} failed")
     sys.exit(COUNT[False] > 0)
-
 
 if __name__ == "__main__": main(*sys.argv[1:])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['architectures', 'register_architecture', 'list_architectures', 'get_architecture_builder',
-           'print_available_architectures', 'basic_unet3d', 'build_model']
+           'print_available_architectures', 'basic_unet3d', 'fold_blocks', 'unfold_blocks', 'folded', 'build_model']
 
 # %% ../nbs/09_models.ipynb #2d4ceffb
 from .core import PytcError, Registry
@@ -34,13 +34,45 @@ def print_available_architectures():
 
 # %% ../nbs/09_models.ipynb #71cd08be
 @register_architecture("monai_basic_unet3d")
-def basic_unet3d(in_channels: int, out_channels: int, filters, dropout: float = 0.0, norm="batch", act="leakyrelu", upsample: str = "deconv"):
-    "MONAI BasicUNet in 3D: five scales, two convolutions each; `filters` are six numbers."
+def basic_unet3d(in_channels: int, out_channels: int, filters, dropout: float = 0.0, norm="batch", act="leakyrelu", upsample: str = "deconv", fold: int = 1):
+    "MONAI BasicUNet in 3D: five scales, two convolutions each; `filters` are six numbers; `fold` 2 works on blocks of 2×2×2 voxels."
     from monai.networks.nets import BasicUNet
     if len(filters) != 6: raise PytcError(f"model.filters {list(filters)} has {len(filters)} numbers; monai_basic_unet3d needs 6 (five scales, then the output stage)")
     # In-place activations keep one full-resolution tensor less per convolution.
     if act == "leakyrelu": act = ("leakyrelu", {"negative_slope": 0.1, "inplace": True})
-    return BasicUNet(3, in_channels, out_channels, features=tuple(filters), act=act, norm=norm, dropout=dropout, upsample=upsample)
+    network = lambda inputs, outputs: BasicUNet(3, inputs, outputs, features=tuple(filters), act=act, norm=norm, dropout=dropout, upsample=upsample)
+    return network(in_channels, out_channels) if fold == 1 else folded(network, in_channels, out_channels, fold)
+
+# %% ../nbs/09_models.ipynb #065ef446
+def fold_blocks(tensor, size: int):
+    "(B, C, D, H, W) -> (B, C·size³, D/size, H/size, W/size): every block of voxels becomes channels."
+    b, c, *shape = tensor.shape
+    if any(n % size for n in shape): raise PytcError(f"a patch of {tuple(shape)} voxels cannot be folded by {size}; choose a patch_size and roi that {size} divides")
+    d, h, w = (n // size for n in shape)
+    blocks = tensor.reshape(b, c, d, size, h, size, w, size).permute(0, 1, 3, 5, 7, 2, 4, 6)
+    return blocks.reshape(b, c * size**3, d, h, w)
+
+
+def unfold_blocks(tensor, size: int):
+    "The inverse of `fold_blocks`."
+    b, c, d, h, w = tensor.shape
+    blocks = tensor.reshape(b, c // size**3, size, size, size, d, h, w).permute(0, 1, 5, 2, 6, 3, 7, 4)
+    return blocks.reshape(b, c // size**3, d * size, h * size, w * size)
+
+
+def folded(network, in_channels: int, out_channels: int, size: int):
+    "The network `network(inputs, outputs)` as one that works on blocks of `size`³ voxels."
+    import torch
+
+    class Folded(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = network(in_channels * size**3, out_channels * size**3)
+
+        def forward(self, image):
+            inner = fold_blocks(image, size).contiguous(memory_format=torch.channels_last_3d)
+            return unfold_blocks(self.network(inner), size)
+    return Folded()
 
 # %% ../nbs/09_models.ipynb #63a7a54a
 def build_model(

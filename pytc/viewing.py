@@ -15,8 +15,8 @@ import numpy as np
 from .core import PytcError, atomic_path
 
 # %% ../nbs/03_viewing.ipynb #125198fc
-# 1/p and 1/p² for the plastic number p, as fractions of 2**64.
-_HUE_STEP, _LIGHTNESS_STEP = np.uint64(0xC13FA9A902A6328F), np.uint64(0x91E10DA5C79E7B1D)
+# 1/p² and 1/p for the plastic number p, as fractions of 2**64; the other way round, ids four apart look alike.
+_HUE_STEP, _LIGHTNESS_STEP = np.uint64(0x91E10DA5C79E7B1D), np.uint64(0xC13FA9A902A6328F)
 UNKNOWN_GREY = 128
 
 
@@ -25,7 +25,8 @@ def label_colors(
 ):
     "(…, 3) uint8: the colour of each id; the same id has the same colour in every picture, 0 is black, a negative id is grey."
     labels = np.asarray(labels)
-    if labels.dtype.kind not in "iu": raise PytcError(f"labels of type {labels.dtype} were given; colours belong to whole numbers, convert with astype")
+    if labels.dtype.kind not in "iu":
+        raise PytcError(f"labels of type {labels.dtype} were given; colours belong to whole numbers, convert with astype")
     ids, which = np.unique(labels, return_inverse=True)
     # Whole numbers wrap around, which keeps the fractional part of the product.
     turn, lightness = (ids.astype(np.uint64) * step / 2**64 for step in (_HUE_STEP, _LIGHTNESS_STEP))
@@ -156,10 +157,12 @@ def show_slices(
 def _common_extent(arrays):
     "The (D, H, W) that all panels share."
     if not arrays: raise PytcError("no array was given; pass a dictionary from title to a (z, y, x) array")
-    parts = {f"{t} {i}" if isinstance(p, tuple) else t: a for t, p in arrays.items() for i, a in enumerate(p if isinstance(p, tuple) else (p,))}
+    parts = {}
+    for title, panel in arrays.items():
+        parts.update(zip((f"{title}: raw", f"{title}: labels"), panel) if isinstance(panel, tuple) else [(title, panel)])
     for title, part in parts.items():
         if np.ndim(part) != 3 and not (np.ndim(part) == 4 and np.shape(part)[-1] == 3):
-            raise PytcError(f"{title!r} has shape {np.shape(part)}; a panel is (z, y, x) or a picture (z, y, x, 3), write array[None] for one slice")
+            raise PytcError(f"{title!r} has shape {np.shape(part)}; a panel is (z, y, x), or (z, y, x, 3): write array[None] for one slice")
     _same_shape({title: part[..., 0] if np.ndim(part) == 4 else part for title, part in parts.items()})
     return np.shape(next(iter(parts.values())))[:3]
 
