@@ -83,8 +83,8 @@ def run_notebooks(paths, flags="", under=()):
         begun, problem = time.time(), ""
         try: said = run(PYTHON, *under, BIN / "nbdev_test", "--path", path, "--do_print", "--flags", flags, cwd=tree(), env=env)
         except Failed as failure: problem = str(failure)
-        # nbdev_test exits 0 when it tested nothing; "Starting NAME" is printed only for a notebook whose cells are executed.
-        else: problem = "" if re.search(rf"^Starting .*/{path.name}$", said, re.M) else "nbdev_test ran no cell of it"
+        # nbdev_test exits 0 when it tested nothing; it announces "Starting NAME" only where it executes cells, and "Success." after all.
+        else: problem = "" if re.search(rf"^Starting .*/{path.name}\n(.*\n)*Success\.$", said, re.M) else "nbdev_test did not run all of it"
         return time.time() - begun, path.stem, problem
 
     results = two_at_a_time(one, paths)
@@ -243,11 +243,12 @@ def main(suite="", *names):
     if not gates: sys.exit(f"gates.py {' '.join(sys.argv[1:])}: write one of {list(GATES)}, then nothing or names of its gates")
     for gate in gates:
         begun = time.time()
-        try: passed, said = True, gate() or ""
-        except Failed as failure: passed, said = False, str(failure)
-        except Exception: passed, said = False, traceback.format_exc()  # a gate that breaks has not passed
-        COUNT[passed] += 1
-        line = f"{'ok  ' if passed else 'FAIL '}{gate.__name__} ({time.time() - begun:.0f} s)"
+        try: mark, said = "ok  ", gate() or ""
+        except Failed as failure: mark, said = "FAIL ", str(failure)
+        except Exception: mark, said = "FAIL ", traceback.format_exc()  # a gate that breaks has not passed
+        if said.startswith("skipped"): mark = "skip "
+        else: COUNT[mark == "ok  "] += 1
+        line = f"{mark}{gate.__name__} ({time.time() - begun:.0f} s)"
         print(f"{line}: {said}".replace("\n", "\n    ") if said else line, flush=True)
     print(f"{COUNT[True]} passed, {COUNT[False]} failed")
     sys.exit(COUNT[False] > 0)

@@ -4,14 +4,17 @@
 
 # %% auto #0
 __all__ = ['decoders', 'check_probabilities', 'connected_components_3d', 'nearest_edges', 'filter_by_size', 'absorb_small',
-           'affinities_to_segmentation', 'semantic_to_instance', 'binary_components', 'decode']
+           'affinities_to_segmentation', 'semantic_to_instance', 'binary_components', 'decode', 'decode_volume']
 
 # %% ../nbs/13_decoding.ipynb #35b4c90e
+import inspect
+
 import numpy as np
 from numba import njit
 
 from .affinities import AffinitySpec, check_channels, edge_slices
-from .core import PytcError, Registry, one_of
+from .core import PytcError, Registry, atomic_path, one_of, refuse_existing
+from .volumes import Volume, create_volume, open_volume
 
 # %% ../nbs/13_decoding.ipynb #2721e8f7
 def _comparable(values):
@@ -312,3 +315,28 @@ def decode(
 ):
     "The labels that decoder `name` finds in `prediction`."
     return decoders.call(name, prediction, **params)
+
+# %% ../nbs/13_decoding.ipynb #f130429e
+def decode_volume(
+    prediction,       # a Volume, or what `open_volume` takes
+    out,              # the Zarr array to create
+    name: str = None, # a decoder; default: the one stored with the prediction
+    overwrite: bool = False,
+    **params,         # take precedence over stored ones
+) -> Volume:
+    "Decode a prediction into a segmentation on disk, at the same place; its attributes say how it was made."
+    prediction = prediction if isinstance(prediction, Volume) else open_volume(prediction)
+    refuse_existing(out, overwrite)
+    stored = prediction.attributes.get("decoder", {})
+    name = name or stored.get("name")
+    if name is None: raise PytcError(f"{prediction.url} names no decoder; choose one of {', '.join(decoders)}")
+    if name == stored.get("name"): params = {**stored["params"], **params}
+    if "threshold" not in params: raise PytcError(f"{prediction.url} has no calibrated threshold for {name}; pass threshold=…")
+    how = {"name": name, "params": dict(params)}
+    if "affinities" in prediction.attributes and "spec" in inspect.signature(decoders[name]).parameters:
+        params["spec"] = AffinitySpec.from_dict(prediction.attributes["affinities"])
+    labels = decode(name, prediction.read(), **params)
+    with atomic_path(out) as partial:
+        create_volume(partial, labels.shape, labels.dtype, prediction.voxel_size, prediction.offset,
+                      attributes={"kind": "segmentation", "decoder": how}).write(labels)
+    return open_volume(out)
