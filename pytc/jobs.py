@@ -6,12 +6,13 @@
 __all__ = ['fingerprint', 'provenance', 'run_notebook', 'score_rows', 'score_table', 'check_required', 'train']
 
 # %% ../nbs/21_jobs.ipynb #46fde268
-import hashlib, json, platform, subprocess, sys
+import hashlib, json, os, platform, subprocess, sys
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 
+import pytc
 from .core import PytcError, checksum, one_of, refuse_existing, write_json
 from .metrics import evaluate_instance
 from .samples import shipped
@@ -33,7 +34,7 @@ def fingerprint(
 
 def provenance(data=()) -> dict:
     "Commit, lock file, packages, machine, command line and the checksums of the `data` paths."
-    root = Path(__file__).resolve().parent.parent
+    root = Path(pytc.__file__).resolve().parent.parent
     git = lambda *words: subprocess.run(["git", "-C", root, *words], capture_output=True, text=True).stdout.strip()
     checkout = (root / "settings.ini").exists() and (root / ".git").exists()
     lock = root / "requirements.lock"
@@ -61,8 +62,10 @@ def run_notebook(
     for key in parameters: one_of(key, known, f"parameter of {path.name}:")
     out = Path(out_dir) / path.name
     out.parent.mkdir(parents=True, exist_ok=True)
+    # Threads that wait in a loop would burn a core which a neighbour on the same machine could use.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        papermill.execute_notebook(str(path), str(out), parameters, kernel_name="python3", progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr)
+        papermill.execute_notebook(str(path), str(out), parameters, kernel_name="python3", progress_bar=False, stdout_file=sys.stdout)
     except PapermillExecutionError as error:
         if error.ename == "PytcError": raise PytcError(error.evalue) from None
         raise PytcError(f"{out} failed in its cell {error.exec_count}: {error.ename}: {error.evalue.splitlines()[0] if error.evalue else ''}; open it to see the cell") from error

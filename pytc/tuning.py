@@ -14,8 +14,8 @@ from .metrics import contingency, evaluate_instance
 
 # %% ../nbs/16_tuning.ipynb #d9309df7
 def default_thresholds(dtype=np.float32):
-    "Thresholds in equal steps of half a logit, 0.5 to 0.9991; on 0–255 for uint8 affinities."
-    thresholds = 1 / (1 + np.exp(-np.arange(0, 7.25, 0.5)))
+    "Thresholds in equal steps of a quarter of a logit, 0.5 to 0.9991; on 0–255 for uint8 affinities."
+    thresholds = 1 / (1 + np.exp(-np.arange(0, 7.1, 0.25)))
     return [float(t) for t in (np.unique(np.floor(255 * thresholds)) if dtype == np.uint8 else thresholds.round(4))]
 
 # %% ../nbs/16_tuning.ipynb #bad77a14
