@@ -205,7 +205,8 @@ def wheel():
         refuse([f"found {path} instead of the wheel's" for path in two_at_a_time(place, modules) if not path.startswith(str(site))])
         begun = time.time()
         said, took = run(tmp / "venv/bin/pytc", "--help", cwd=tmp), time.time() - begun
-        refuse([f"pytc --help does not list {verb}" for verb in VERBS if not re.search(rf"^\W*{verb}\b", said, re.M)])
+        lost = [verb for verb in VERBS if not re.search(rf"^\W*{verb}\b", said, re.M)]
+        if lost: raise Failed(f"pytc --help does not list {', '.join(lost)}")
     return f"{len(want)} files, {len(modules)} modules; pytc --help takes {took:.1f} s"
 
 # ---- the gates of `make check`

@@ -65,7 +65,8 @@ def run_notebook(
     # Threads that wait in a loop would burn a core which a neighbour on the same machine could use.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        papermill.execute_notebook(str(path), str(out), parameters, kernel_name="python3", progress_bar=False, stdout_file=sys.stdout)
+        papermill.execute_notebook(str(path), str(out), parameters, kernel_name="python3", progress_bar=False, stdout_file=sys.stdout,
+                                    extra_arguments=["--IPKernelApp.log_level=40"])  # its remarks about sockets are not for the user
     except PapermillExecutionError as error:
         if error.ename == "PytcError": raise PytcError(error.evalue) from None
         raise PytcError(f"{out} failed in its cell {error.exec_count}: {error.ename}: {error.evalue.splitlines()[0] if error.evalue else ''}; open it to see the cell") from error
