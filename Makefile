@@ -5,7 +5,7 @@ PYTHON ?= python3 python3.13 python3.12 python3.11
 UV_VERSION := 0.13.8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test check demo clean
+.PHONY: help setup test check demo readme clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## /make \1: /p' Makefile
@@ -20,6 +20,9 @@ check: setup ## the long checks: slow cells, the demo, real data where PYTC_DATA
 
 demo: setup ## segment a small volume, from nothing to a score
 	@.venv/bin/pytc demo
+
+readme: setup ## write README.md from nbs/index.ipynb
+	@.venv/bin/python .ci/readme.py
 
 clean: ## remove .venv and what builds leave behind
 	rm -rf .venv build dist *.egg-info _docs _proc

@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT, PYTHON, BIN = Path(__file__).resolve().parents[1], sys.executable, Path(sys.executable).parent
 COVERED = 80  # per cent of the lines of pytc/ that its notebooks must run
 HEAVY = {"torch", "monai", "lightning", "cellmap_data"}  # seconds each, so they stay out of `import pytc` and of `pytc --help`
-VERBS = "train predict decode evaluate tune sweep run submit lint score view report demo download doctor".split()
+VERBS = "train predict decode evaluate demo".split()
 FIB25 = {"voi_sum": 1.6, "adapted_rand_error": 0.25}  # a run on real tissue must score below these
 
 # Nothing of the caller's shell may change what is tested: its git, its PYTHONPATH, nbdev's own switch.
@@ -85,7 +85,8 @@ def run_notebooks(paths, flags="", under=()):
         # nbdev_test exits 0 when it tested nothing; it announces "Starting NAME" only where it executes cells, and "Success." after all.
         else: problem = "" if re.search(rf"^Starting .*/{path.name}\n(.*\n)*Success\.$", said, re.M) else "nbdev_test did not run all of it"
         return time.time() - begun, path.stem, problem
-    results = two_at_a_time(one, paths)
+    # IPython keeps the compiled kernels of cells there, and would run an old one after a function that it calls has changed.
+    with tempfile.TemporaryDirectory(prefix="pytc-cache-") as env["XDG_CACHE_HOME"]: results = two_at_a_time(one, paths)
     failed = [f"{name}: {problem}" for _, name, problem in results if problem]
     COUNT[True], COUNT[False] = COUNT[True] + len(results) - len(failed), COUNT[False] + len(failed)
     if failed: refuse([f"{len(failed)} of {len(results)} notebooks; to see one alone: .venv/bin/nbdev_test --path nbs/NAME.ipynb", *failed])
@@ -115,10 +116,12 @@ def clean():
     return f"{len(jobs)} job notebooks"
 
 def export():
-    "pytc/, made anew from the notebooks, is what is committed."
+    "pytc/ and README.md, made anew from the notebooks, are what is committed."
     for module in (tree() / "pytc").glob("*.py"): module.unlink()
     run(BIN / "nbdev_export", cwd=tree())
     unchanged("pytc/ is written by nbdev_export; edit the notebook, not these, then export and commit both")
+    run(PYTHON, ".ci/readme.py", cwd=tree())
+    unchanged("README.md is written by .ci/readme.py; edit nbs/index.ipynb, run make readme, then commit both")
 
 def words():
     "No tracked file names a home folder or this checkout; no notebook shows an error, or what differs from run to run."

@@ -10,6 +10,7 @@ import itertools
 
 import numpy as np
 
+from .config import Inference
 from .core import Box, PytcError, atomic_path, one_of, progress, refuse_existing
 from .volumes import Volume, create_volume, open_volume
 
@@ -91,46 +92,59 @@ def _reader(volume: Volume, start, stop):
     return read
 
 
+def _predict_region(answer, volume, start, stop, write, roi, channels, overlap, blend, batch_size):
+    "Predict the voxels `start` to `stop` with context around them; `write(planes, z)` is called with finished planes, in order."
+    low, high = _grown(start, stop, volume.shape, roi, [int(w * overlap) for w in roi])
+    work = tuple(max(b - a, w) for a, b, w in zip(low, high, roi))
+    (top, bottom), *across = [(a - l, b - l) for a, b, l in zip(start, stop, low)]
+
+    def take(planes, z):
+        first, last = max(z, top), min(z + planes.shape[1], bottom)
+        if first < last: write(planes[(slice(None), slice(first - z, last - z), *(slice(*side) for side in across))], first - top)
+    run_windows(_reader(volume, low, high), answer, take, work, roi, channels, overlap, blend, batch_size)
+
+# %% ../nbs/12_inference.ipynb #a94c6df8
+def _settings(module, **given):
+    "Each setting as given; else as the module's config says, or for a function as pytc's defaults."
+    cfg = getattr(module, "cfg", None)
+    stored = cfg.inference if cfg else Inference()
+    settings = {name: getattr(stored, name) if value is None else value for name, value in given.items()}
+    settings["roi"] = tuple(settings["roi"] or (cfg.data.patch_size if cfg else ()))
+    if len(settings["roi"]) != 3: raise PytcError(f"the window is {settings['roi']}; pass roi=(z, y, x) in voxels")
+    one_of(settings["dtype"], ("float16", "float32"), "inference.dtype")
+    return settings
+
+
 def predict(
-    module,                 # from `pytc.training.load_module`, or a function (B, D, H, W) -> (B, C, D, H, W)
-    volume,                 # a Volume or what `open_volume` takes
-    out=None,               # a Zarr array to create; default: an array in memory is returned
-    box: Box = None,        # nm; default: the whole volume
-    roi=None,               # the window in voxels; default: what the module's config says
-    overlap: float = None, blend: str = None, batch_size: int = None, dtype: str = None, # default: the module's config
-    channels: int = None,   # only for a function
+    module,                  # from `pytc.training.load_module`, or a function (B, D, H, W) -> (B, C, D, H, W)
+    volume,                  # a Volume or what `open_volume` takes
+    out=None,                # a Zarr array to create; default: an array in memory is returned
+    box: Box = None,         # nm; default: the whole volume
+    roi=None,                # the window in voxels; this and what follows: default as the network's config says
+    overlap: float = None, blend: str = None, batch_size: int = None, dtype: str = None,
+    channels: int = None,    # only for a function
     attributes: dict = None, # further entries for the prediction's attributes
     overwrite: bool = False,
 ):
     "Probabilities (C, D, H, W) over a region: a Volume at `out`, or without `out` an array."
     volume = volume if isinstance(volume, Volume) else open_volume(volume)
     start, stop = ((0, 0, 0), volume.shape) if box is None else box.to_voxels(volume.voxel_size, volume.offset)
-    if not all(0 <= a < b <= n for a, b, n in zip(start, stop, volume.shape)): raise PytcError(f"the box {box} is empty or leaves {volume.url} ({volume.box}); choose a region inside")
-    config, target = getattr(getattr(module, "cfg", None), "inference", None), getattr(module, "target", None)
-    choose = lambda given, name, default: given if given is not None else getattr(config, name, default)
-    roi = choose(roi, "roi", None) or module.cfg.data.patch_size
+    if not all(0 <= a < b <= n for a, b, n in zip(start, stop, volume.shape)):
+        raise PytcError(f"the box {box} is empty or leaves {volume.url} ({volume.box}); choose a region inside")
+    settings = _settings(module, roi=roi, overlap=overlap, blend=blend, batch_size=batch_size, dtype=dtype)
+    target, dtype = getattr(module, "target", None), settings.pop("dtype")
     answer, channels = (network_answer(module), len(target.channels)) if target else (module, channels)
-    shape, dtype = tuple(b - a for a, b in zip(start, stop)), np.dtype(choose(dtype, "dtype", "float16"))
-    if dtype.name not in ("float16", "float32"): raise PytcError(f"inference.dtype {dtype} was given; predictions are float16 or float32")
-    overlap = choose(overlap, "overlap", 0.25)
-    low, high = _grown(start, stop, volume.shape, roi, [int(w * overlap) for w in roi])
-    work = tuple(max(b - a, w) for a, b, w in zip(low, high, roi))
-    inner = [(a - l, b - l) for a, b, l in zip(start, stop, low)]
-    place = dict(voxel_size=volume.voxel_size, offset=[o + a * v for o, a, v in zip(volume.offset, start, volume.voxel_size)])
-
-    def run(write):
-        def take(planes, z):
-            first, last = max(z, inner[0][0]), min(z + planes.shape[1], inner[0][1])
-            if first < last: write(planes[(slice(None), slice(first - z, last - z), *(slice(*i) for i in inner[1:]))].astype(dtype), first - inner[0][0])
-        run_windows(_reader(volume, low, high), answer, take, work, tuple(roi), channels, overlap, choose(blend, "blend", "gaussian"), choose(batch_size, "batch_size", 1))
+    shape = (channels, *(b - a for a, b in zip(start, stop)))
+    run = lambda write: _predict_region(answer, volume, start, stop, lambda planes, z: write(planes.astype(dtype), z), channels=channels, **settings)
 
     if out is None:
-        whole = np.empty((channels, *shape), dtype)
-        run(lambda planes, z: whole.__setitem__((slice(None), slice(z, z + planes.shape[1])), planes))
+        whole = np.empty(shape, dtype)
+        def keep(planes, z): whole[:, z:z + planes.shape[1]] = planes
+        run(keep)
         return whole
     refuse_existing(out, overwrite)
-    known = {"channels": list(target.channels), **target.attributes} if target else {}
+    known = {"kind": "prediction", **({"channels": list(target.channels), **target.attributes} if target else {}), **(attributes or {})}
     with atomic_path(out) as partial:
-        made = create_volume(partial, (channels, *shape), dtype, **place, attributes={"kind": "prediction", **known, **(attributes or {})})
+        made = create_volume(partial, shape, dtype, volume.voxel_size, [o + a * v for o, a, v in zip(volume.offset, start, volume.voxel_size)], attributes=known)
         run(lambda planes, z: made.write(planes, (z, 0, 0)))
     return open_volume(out)
