@@ -12,7 +12,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .core import PytcError, atomic_path, parse_voxels, write_json
+from .core import PytcError, parse_voxels, write_json
 
 # %% ../nbs/22_cli.ipynb #b8c9c55e
 app = typer.Typer(help="From a volume of electron microscopy to segmented, scored neurons.", no_args_is_help=True,
