@@ -149,7 +149,7 @@ def _check_keys(given, schema=Config, path=""):
     "Raise for the first key of the nested dict `given` that `schema` does not have."
     for key, value in given.items():
         types = {f.name: f.type for f in fields(schema)}
-        one_of(key, types, f"config key in {path or 'the top level'}:")
+        one_of(key, types, f"config key in {path.rstrip('.') or 'the top level'}:")
         if is_dataclass(types[key]):
             if not isinstance(value, dict): raise PytcError(f"config section {path}{key} holds {value!r}; it takes the keys {', '.join(f.name for f in fields(types[key]))}")
             _check_keys(value, types[key], f"{path}{key}.")
@@ -157,8 +157,10 @@ def _check_keys(given, schema=Config, path=""):
 # %% ../nbs/01_config.ipynb #ebe59b5f
 def _one_line(error) -> str:
     "A Hydra, OmegaConf or YAML error as one line."
-    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.strip().startswith("object_type")]
-    return "; ".join(lines)[:400]
+    lines = [line.strip() for line in str(error).splitlines()]
+    key = next((line.removeprefix("full_key: ") + ": " for line in lines if line.startswith("full_key: ")), "")
+    # Where in Hydra's classes it happened is of no use to the one who wrote the file.
+    return key + "; ".join(line for line in lines if line and not re.match("object_type|reference_type|full_key|.*raised while composing", line))[:400]
 
 
 def _nested(override: str):

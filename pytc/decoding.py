@@ -13,8 +13,8 @@ import numpy as np
 from numba import njit
 
 from .affinities import AffinitySpec, check_channels, edge_slices
-from .core import PytcError, Registry, atomic_path, one_of, refuse_existing
-from .volumes import Volume, create_volume, open_volume
+from .core import PytcError, Registry, atomic_path, one_of
+from .volumes import Volume, create_volume, finished, open_volume
 
 # %% ../nbs/13_decoding.ipynb #2721e8f7
 def _comparable(values):
@@ -321,22 +321,21 @@ def decode_volume(
     prediction,       # a Volume, or what `open_volume` takes
     out,              # the Zarr array to create
     name: str = None, # a decoder; default: the one stored with the prediction
-    overwrite: bool = False,
     **params,         # take precedence over stored ones
 ) -> Volume:
     "Decode a prediction into a segmentation on disk, at the same place; its attributes say how it was made."
     prediction = prediction if isinstance(prediction, Volume) else open_volume(prediction)
-    refuse_existing(out, overwrite)
     stored = prediction.attributes.get("decoder", {})
     name = name or stored.get("name")
     if name is None: raise PytcError(f"{prediction.url} names no decoder; choose one of {', '.join(decoders)}")
+    one_of(name, decoders, "decoder")
     if name == stored.get("name"): params = {**stored["params"], **params}
     if "threshold" not in params: raise PytcError(f"{prediction.url} has no calibrated threshold for {name}; pass threshold=…")
-    how = {"name": name, "params": dict(params)}
+    known = {"kind": "segmentation", "decoder": {"name": name, "params": dict(params)}, "made_by": {"network": None, **prediction.attributes.get("made_by", {})}}
+    if whole := finished(out, known): return whole
     if "affinities" in prediction.attributes and "spec" in inspect.signature(decoders[name]).parameters:
         params["spec"] = AffinitySpec.from_dict(prediction.attributes["affinities"])
     labels = decode(name, prediction.read(), **params)
-    with atomic_path(out) as partial:
-        create_volume(partial, labels.shape, labels.dtype, prediction.voxel_size, prediction.offset,
-                      attributes={"kind": "segmentation", "decoder": how}).write(labels)
+    with atomic_path(out, lambda: labels.nbytes) as partial:
+        create_volume(partial, labels.shape, labels.dtype, prediction.voxel_size, prediction.offset, attributes=known).write(labels)
     return open_volume(out)

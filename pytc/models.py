@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['architectures', 'register_architecture', 'list_architectures', 'get_architecture_builder',
-           'print_available_architectures', 'basic_unet3d', 'fold_blocks', 'unfold_blocks', 'folded', 'build_model']
+           'print_available_architectures', 'basic_unet3d', 'fold_blocks', 'unfold_blocks', 'folded', 'mednext',
+           'build_model', 'check_size', 'parameter_count']
 
 # %% ../nbs/09_models.ipynb #2d4ceffb
-from .core import PytcError, Registry
+from .config import Model
+from .core import PytcError, Registry, log, one_of
 
 # %% ../nbs/09_models.ipynb #6d9bd9dd
 architectures = Registry("architecture")
@@ -18,7 +20,7 @@ def register_architecture(name: str):
     return architectures.register(name)
 
 
-def list_architectures(): 
+def list_architectures():
     "The names of all registered architectures."
     return list(architectures)
 
@@ -34,20 +36,27 @@ def print_available_architectures():
 
 # %% ../nbs/09_models.ipynb #71cd08be
 @register_architecture("monai_basic_unet3d")
-def basic_unet3d(in_channels: int, out_channels: int, filters, dropout: float = 0.0, norm="batch", act="leakyrelu", upsample: str = "deconv", fold: int = 1):
+def basic_unet3d(in_channels: int, out_channels: int, filters, dropout: float = 0.0,
+                 norm="batch", act="leakyrelu", upsample: str = "deconv", fold: int = 1):
     "MONAI BasicUNet in 3D: five scales, two convolutions each; `filters` are six numbers; `fold` 2 works on blocks of 2×2×2 voxels."
     from monai.networks.nets import BasicUNet
-    if len(filters) != 6: raise PytcError(f"model.filters {list(filters)} has {len(filters)} numbers; monai_basic_unet3d needs 6 (five scales, then the output stage)")
+    if len(filters) != 6:
+        said = f"model.filters {list(filters)} has {len(filters)} numbers"
+        raise PytcError(f"{said}; monai_basic_unet3d needs 6 (five scales, then the output stage)")
     # In-place activations keep one full-resolution tensor less per convolution.
     if act == "leakyrelu": act = ("leakyrelu", {"negative_slope": 0.1, "inplace": True})
-    network = lambda inputs, outputs: BasicUNet(3, inputs, outputs, features=tuple(filters), act=act, norm=norm, dropout=dropout, upsample=upsample)
-    return network(in_channels, out_channels) if fold == 1 else folded(network, in_channels, out_channels, fold)
+    settings = dict(features=tuple(filters), act=act, norm=norm, dropout=dropout, upsample=upsample)
+    network = lambda inputs, outputs: BasicUNet(3, inputs, outputs, **settings)
+    made = network(in_channels, out_channels) if fold == 1 else folded(network, in_channels, out_channels, fold)
+    made.size_multiple, made.size_least = fold, 16 * fold
+    return made
 
 # %% ../nbs/09_models.ipynb #065ef446
 def fold_blocks(tensor, size: int):
     "(B, C, D, H, W) -> (B, C·size³, D/size, H/size, W/size): every block of voxels becomes channels."
     b, c, *shape = tensor.shape
-    if any(n % size for n in shape): raise PytcError(f"a patch of {tuple(shape)} voxels cannot be folded by {size}; choose a patch_size and roi that {size} divides")
+    if any(n % size for n in shape):
+        raise PytcError(f"a patch of {tuple(shape)} voxels cannot be folded by {size}; choose a patch_size and roi that {size} divides")
     d, h, w = (n // size for n in shape)
     blocks = tensor.reshape(b, c, d, size, h, size, w, size).permute(0, 1, 3, 5, 7, 2, 4, 6)
     return blocks.reshape(b, c * size**3, d, h, w)
@@ -74,6 +83,19 @@ def folded(network, in_channels: int, out_channels: int, size: int):
             return unfold_blocks(self.network(inner), size)
     return Folded()
 
+# %% ../nbs/09_models.ipynb #2a59a748
+@register_architecture("mednext")
+def mednext(in_channels: int, out_channels: int, filters, dropout: float = 0.0, size: str = "S", kernel_size: int = 3):
+    "MONAI MedNeXt in 3D; `size` S, B, M or L, `kernel_size` 3, 5 or 7; patches with sides that 16 divides."
+    from monai.networks.nets.mednext import create_mednext
+    if list(filters) != Model().filters or dropout:
+        raise PytcError("mednext has filters of its own and no dropout; leave both out, and choose model.params.size")
+    one_of(size, "SBML", "model.params.size of mednext:")
+    one_of(kernel_size, (3, 5, 7), "model.params.kernel_size of mednext:")
+    made = create_mednext(size, 3, in_channels, out_channels, kernel_size)
+    made.size_multiple = made.size_least = 16
+    return made
+
 # %% ../nbs/09_models.ipynb #63a7a54a
 def build_model(
     cfg,                      # a `pytc.config.Config`, or its `model` section
@@ -82,7 +104,28 @@ def build_model(
     "The network a config describes, with its weights drawn from the current random state."
     model = getattr(cfg, "model", cfg)
     if model.out_channels not in (None, out_channels) and out_channels is not None:
-        raise PytcError(f"model.out_channels is {model.out_channels}, and the target has {out_channels} channels; leave model.out_channels out or change data.target")
+        said = f"model.out_channels is {model.out_channels}, and the target has {out_channels} channels"
+        raise PytcError(f"{said}; leave model.out_channels out or change data.target")
     channels = out_channels or model.out_channels
     if not channels: raise PytcError("the network's output channels are unknown; set model.out_channels or pass out_channels")
-    return architectures.call(model.architecture, model.in_channels, channels, list(model.filters), model.dropout, **model.params)
+    network = architectures.call(model.architecture, model.in_channels, channels, list(model.filters), model.dropout, **model.params)
+    for key in ("data.patch_size", "inference.roi") if model is not cfg else ():
+        section, name = key.split(".")
+        if cfg[section][name]: check_size(network, cfg[section][name], f"{key} for {model.architecture}")
+    log.info("%s: %.2f million parameters, %d output channels", model.architecture, parameter_count(network) / 1e6, channels)
+    return network
+
+
+def check_size(network, size, key: str):
+    "Raise if the network cannot take a patch of `size` voxels; it says so in `size_multiple` and `size_least`."
+    multiple, least = getattr(network, "size_multiple", 1), getattr(network, "size_least", 1)
+    # At the coarsest scale one voxel would be left, and nothing can be normalised by itself.
+    single = least > 1 and max(size) == least
+    if any(n % multiple or n < least for n in size) or single:
+        allowed = f"each side a multiple of {multiple} and at least {least}, one of them more"
+        raise PytcError(f"{key} is {list(size)}; it needs {allowed}: e.g. {[max(2 * least, round(n / multiple) * multiple) for n in size]}")
+
+
+def parameter_count(network) -> int:
+    "How many numbers training has to find."
+    return sum(p.numel() for p in network.parameters())

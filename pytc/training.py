@@ -4,23 +4,25 @@
 
 # %% auto #0
 __all__ = ['optimizers', 'schedules', 'rate_at', 'ConnectomicsModule', 'read_checkpoint', 'load_module', 'load_weights',
-           'computes_in_bf16', 'EpochLines', 'create_trainer']
+           'AtomicCheckpoints', 'EpochHistory', 'create_trainer', 'fit']
 
 # %% ../nbs/11_training.ipynb #19a7673d
-import logging, math, time, warnings
+import io, logging, math, shutil, time, warnings
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from omegaconf import OmegaConf
 
 from .config import Config
-from .core import PytcError, Registry, cpu_budget
-from .datasets import Normalization
+from .core import PytcError, Registry, atomic_path, claim, cpu_budget, limit_threads, log, write_json
+from .datasets import ConnectomicsDataModule, Normalization
 from .losses import CombinedLoss
+from .machine import computes_in_bf16, peak_memory, record_step, reset_peak_memory
 from .models import build_model
 from .targets import build_target
 
@@ -64,6 +66,11 @@ class ConnectomicsModule(LightningModule):
         if len(each) > 1: self.log_dict({f"{stage}/{name}": value for name, value in each.items()}, batch_size=size, on_epoch=True, on_step=False, sync_dist=True)
         return total
 
+    def on_train_batch_start(self, batch, index):
+        # What a step draws (dropout) depends on its place alone, so a resumed run draws what an undisturbed one would.
+        epochs = self.cfg.system.seed * 1_000_003 + self.current_epoch
+        torch.manual_seed((epochs * self.cfg.data.iterations_per_epoch * self.cfg.training.accumulate_grad_batches + index) * self.trainer.world_size + self.global_rank)
+
     def training_step(self, batch, _): return self._step(batch, "train")
 
     def validation_step(self, batch, _): return self._step(batch, "val")
@@ -83,9 +90,9 @@ class ConnectomicsModule(LightningModule):
 def read_checkpoint(path):
     "The checkpoint's dict; an error if the file is not one that pytc wrote."
     path = Path(path)
-    if not path.is_file(): raise PytcError(f"{path} does not exist; give a checkpoint, e.g. RUN/checkpoint.ckpt")
+    if not path.is_file(): raise PytcError(f"{path} does not exist; give a run folder that has finished training, or a checkpoint")
     try: checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error: raise PytcError(f"{path} is not a readable checkpoint: {str(error).splitlines()[0][:200]}") from error
+    except Exception as error: raise PytcError(f"{path} is not a readable checkpoint: it is damaged, or holds more than numbers and text; give a .ckpt of a pytc run") from error
     if not isinstance(checkpoint, dict) or "pytc" not in checkpoint: raise PytcError(f"{path} was not written by pytc: it has no config and no normalization; give a .ckpt of a pytc run")
     return checkpoint
 
@@ -110,52 +117,103 @@ def load_weights(module, checkpoint: dict, path):
     module.load_state_dict(theirs)
 
 # %% ../nbs/11_training.ipynb #de22baba
-def computes_in_bf16() -> bool:
-    "Whether this machine has arithmetic for bfloat16: a graphics card that does, or a CPU with AMX or AVX512-BF16."
-    if torch.cuda.is_available(): return torch.cuda.is_bf16_supported(including_emulation=False)
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    return "amx_bf16" in flags or "avx512_bf16" in flags
+class AtomicCheckpoints(TorchCheckpointIO):
+    "Checkpoint files that are whole or absent, and a full disk that is named."
 
-
-class EpochLines(Callback):
-    "Prints one line per epoch: losses, seconds, and how long is left."
-
-    def on_train_epoch_start(self, trainer, module): self.begin = time.perf_counter()
-
-    def on_train_epoch_end(self, trainer, module):
-        losses = "  ".join(f"{name} {float(value):.4f}" for name, value in sorted(trainer.callback_metrics.items()) if name in ("train/loss_epoch", "val/loss"))
-        seconds, left = time.perf_counter() - self.begin, trainer.max_epochs - trainer.current_epoch - 1
-        print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {losses}  {seconds:.0f} s, about {left * seconds:.0f} s left", flush=True)
+    def save_checkpoint(self, checkpoint, path, storage_options=None):
+        held = io.BytesIO()
+        torch.save(checkpoint, held)
+        with atomic_path(path, lambda: held.getbuffer().nbytes) as partial: partial.write_bytes(held.getbuffer())
 
 
 def _checkpoints(check, folder):
     "Keep the best by `monitor`, and, apart from it, the last: Lightning's own `save_last` copies the last *best* one."
-    kept = [ModelCheckpoint(folder, "epoch{epoch:03d}", monitor=check.monitor, mode=check.mode, save_top_k=check.save_top_k, auto_insert_metric_name=False)]
-    if check.save_last: kept.append(ModelCheckpoint(folder, "last", enable_version_counter=False))
-    return kept
+    # At the end of an epoch everything of it is known; a name that is taken was written by a killed run and is replaced.
+    alike = dict(save_on_train_epoch_end=True, enable_version_counter=False)
+    best = ModelCheckpoint(folder, "epoch{epoch:03d}", monitor=check.monitor, mode=check.mode, save_top_k=check.save_top_k, auto_insert_metric_name=False, **alike)
+    return [best, ModelCheckpoint(folder, "last", **alike)] if check.save_last else [best]
 
 
+class EpochHistory(Callback):
+    "Prints one line per epoch and keeps `history.json`; the rows travel in the checkpoints, so a resumed run continues them."
+
+    def __init__(self, file=None): self.file, self.rows = file, []
+
+    def state_dict(self): return {"rows": self.rows}
+
+    def load_state_dict(self, state): self.rows = state["rows"]
+
+    def on_train_epoch_start(self, trainer, module):
+        reset_peak_memory()
+        self.begin, self.begin_cpu = time.perf_counter(), time.process_time()
+
+    def on_train_epoch_end(self, trainer, module):
+        losses = {name.removesuffix("_epoch"): float(value) for name, value in sorted(trainer.callback_metrics.items()) if not name.endswith("_step")}
+        spent = {"lr": trainer.optimizers[0].param_groups[0]["lr"], "seconds": round(time.perf_counter() - self.begin, 2),
+                 "cpu_seconds": round(time.process_time() - self.begin_cpu, 2), "peak_memory_bytes": peak_memory()}
+        self.rows.append({"epoch": trainer.current_epoch + 1, "step": trainer.global_step, **losses, **spent})
+        if self.file and trainer.is_global_zero: write_json(self.file, self.rows)
+        shown = "  ".join(f"{name} {losses[name]:.4f}" for name in ("train/loss", "val/loss") if name in losses)
+        left = (trainer.max_epochs - trainer.current_epoch - 1) * spent["seconds"]
+        print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {shown}  {spent['seconds']:.0f} s, about {left:.0f} s left", flush=True)
+
+# %% ../nbs/11_training.ipynb #92f2d71b
 def _quiet_lightning():
     "Drop advertisements and warnings about choices that pytc makes on purpose; real warnings stay."
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for message in (".*does not have many workers.*", ".*LeafSpec.*", ".*exists and is not empty.*"): warnings.filterwarnings("ignore", message)
+    for message in (".*does not have many workers.*", ".*LeafSpec.*", ".*exists and is not empty.*", ".*You're resuming from a checkpoint.*"):
+        warnings.filterwarnings("ignore", message)
 
 
 def create_trainer(
     cfg,                   # a `pytc.config.Config`
-    run_dir,               # checkpoints and logs are written here
+    run_dir,               # checkpoints, history and logs are written here
     fast_dev_run=False,    # one batch of training and validation, nothing written
 ) -> Trainer:
-    "A Lightning trainer as the config describes it; the best checkpoint by `checkpoint.monitor` is kept."
-    stop, gpus = cfg.early_stopping, cfg.system.num_gpus
+    "A Lightning trainer as the config describes it; keeps the best checkpoints by `checkpoint.monitor`, and the last."
+    stop, gpus, run_dir = cfg.early_stopping, cfg.system.num_gpus, Path(run_dir)
     _quiet_lightning()
-    torch.set_num_threads(cpu_budget() if cfg.system.num_cpus < 0 else cfg.system.num_cpus)
+    usable = torch.cuda.device_count() if gpus < 0 else min(gpus, torch.cuda.device_count())
+    cores = cpu_budget() if cfg.system.num_cpus < 0 else cfg.system.num_cpus
+    threads = limit_threads(cores if usable else max(1, cores - cfg.data.num_workers))
     precision = ("bf16-mixed" if computes_in_bf16() else "32-true") if cfg.training.precision == "auto" else cfg.training.precision
-    callbacks = [EpochLines()] if fast_dev_run else [EpochLines(), *_checkpoints(cfg.checkpoint, Path(run_dir) / "checkpoints")]
+    log.info(f"training on {f'{usable} GPU' if usable else 'the CPU'} in {precision}, {threads} threads and {cfg.data.num_workers} workers")
+    callbacks = [EpochHistory()] if fast_dev_run else [EpochHistory(run_dir / "history.json"), *_checkpoints(cfg.checkpoint, run_dir / "checkpoints")]
     if stop.patience is not None: callbacks.append(EarlyStopping(stop.monitor, patience=stop.patience, mode=stop.mode))
-    usable = gpus if gpus >= 0 else torch.cuda.device_count()
     return Trainer(
-        accelerator="gpu" if usable and torch.cuda.is_available() else "cpu", devices=usable or 1, precision=precision,
+        accelerator="gpu" if usable else "cpu", devices=usable or 1, precision=precision, plugins=[AtomicCheckpoints()],
         max_epochs=cfg.training.max_epochs, gradient_clip_val=cfg.training.gradient_clip_val, accumulate_grad_batches=cfg.training.accumulate_grad_batches,
         logger=False if fast_dev_run else TensorBoardLogger(run_dir, "logs", version=""), callbacks=callbacks, log_every_n_steps=min(cfg.logging.every_n_steps, cfg.data.iterations_per_epoch),
         fast_dev_run=fast_dev_run, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0)
+
+# %% ../nbs/11_training.ipynb #05bdafbf
+def fit(
+    cfg,                     # a `pytc.config.Config`
+    run_dir,                 # everything is written here; what an earlier, stopped call wrote is continued
+    checkpoint=None,         # start from the weights of this checkpoint
+    fast_dev_run=False,      # one batch of training and validation, nothing written
+    data: ConnectomicsDataModule = None, # default: as the config says
+):
+    "Train and return `RUN/checkpoint.ckpt`, or None after a `fast_dev_run`."
+    run_dir, done = Path(run_dir), Path(run_dir) / "checkpoint.ckpt"
+    if done.exists() and not fast_dev_run: return done
+    seed_everything(cfg.system.seed, verbose=False)
+    data = data or ConnectomicsDataModule(cfg)
+    module = ConnectomicsModule(cfg, normalization=data.normalization)
+    if fast_dev_run: return create_trainer(cfg, run_dir, fast_dev_run).fit(module, datamodule=data)
+    with claim(run_dir):
+        last, trainer = run_dir / "checkpoints/last.ckpt", create_trainer(cfg, run_dir)
+        if last.exists(): print(f"continuing from {last}", flush=True)
+        elif checkpoint: load_weights(module, read_checkpoint(checkpoint), checkpoint)
+        trainer.fit(module, datamodule=data, ckpt_path=last if last.exists() else None, weights_only=True)
+        best = Path(trainer.checkpoint_callback.best_model_path or last)
+        _record(run_dir, trainer, module)
+        with atomic_path(done, lambda: best.stat().st_size) as partial: shutil.copyfile(best, partial)
+    return done
+
+
+def _record(run_dir, trainer, module):
+    "Enter what the whole training took, over all its parts, into the run's steps."
+    rows = next(c for c in trainer.callbacks if isinstance(c, EpochHistory)).rows
+    record_step(run_dir, "train", seconds=round(sum(r["seconds"] for r in rows), 2), cpu_seconds=round(sum(r["cpu_seconds"] for r in rows), 2),
+                peak_memory_bytes=max(r["peak_memory_bytes"] for r in rows), steps=trainer.global_step, weights=sum(p.numel() for p in module.parameters()))
