@@ -117,7 +117,7 @@ def evaluate(
     json_file: Annotated[Optional[Path], typer.Option("--json", help="Write the scores there.")] = None,
 ):
     "Score a segmentation against truth, beside reference rows."
-    from pytc.datasets import UNKNOWN, read_labels
+    from pytc.regions import UNKNOWN, read_labels
     from pytc.jobs import score_rows, score_table
     from pytc.volumes import open_volume
     ours, theirs = open_volume(segmentation), open_volume(truth)
@@ -172,7 +172,8 @@ def download(
 def demo(run_dir: Annotated[Optional[Path], typer.Option(help="The folder for everything; default: runs/demo-TIME.")] = None):
     "Make synthetic tissue, then train, predict, decode and score on it: a few minutes."
     from pytc import jobs
-    from pytc.samples import neuropil, shipped, write_sample
+    from pytc.imaging import neuropil
+    from pytc.samples import shipped, write_sample
     run = run_dir or _new_run("demo")
     sample = run.with_name(run.name + "-sample") / "neuropil.zarr"
     if not sample.exists():

@@ -25,7 +25,7 @@ class Look(NamedTuple):
     voxel_size: tuple = (8.0, 8.0, 8.0)
     cytoplasm: float = 153.0     # mean over neurons
     spread: float = 24.0         # between neurons
-    membrane: float = 71.0
+    membrane: float = 72.0
     half_membrane: float = 15.0  # nm: half the width of two membranes and what is between them
     extracellular: float = 130.0
     matrix: float = 75.0         # of mitochondria
@@ -33,9 +33,9 @@ class Look(NamedTuple):
     dense: float = 48.0          # T-bars, postsynaptic densities
     grain: float = 13.0          # spread of the texture of cytoplasm
     grain_size: float = 20.0     # nm
-    vesicle: float = 0.4        # 0 to 1: how dark their membranes are
+    vesicle: float = 0.4         # 0 to 1: how dark their membranes are
     microtubule: float = 0.25
-    blur: float = 7.5            # nm
+    blur: float = 7.0            # nm
     noise: float = 5.6           # of the detector
     contrast: float = 0.0        # spread of brightness and contrast between sections
     jitter: float = 0.0          # nm: spread of the shift of a section
@@ -46,8 +46,9 @@ class Look(NamedTuple):
 LOOKS = {
     "fibsem": Look(),
     "sstem": Look(
-        (40.0, 4.0, 4.0), cytoplasm=164.0, spread=12.0, membrane=18.0, half_membrane=11.0, extracellular=110.0, matrix=98.0, cristae=45.0, dense=22.0,
-        grain=21.0, grain_size=9.0, vesicle=0.55, microtubule=0.45, blur=2.4, noise=12.0, contrast=7.0, jitter=5.0, missing=0.03, knife_marks=0.06),
+        (40.0, 4.0, 4.0), cytoplasm=164.0, spread=12.0, membrane=18.0, half_membrane=11.0, extracellular=110.0, matrix=98.0, cristae=45.0,
+        dense=22.0, grain=21.0, grain_size=9.0, vesicle=0.55, microtubule=0.45, blur=2.4, noise=12.0,
+        contrast=7.0, jitter=5.0, missing=0.03, knife_marks=0.06),
 }
 
 # %% ../nbs/04c_imaging.ipynb #6f0764cd
@@ -66,7 +67,7 @@ def _mitochondrion(grey, depth, wave, grain, look):
     "Grey at `depth` nm in a mitochondrion; `wave` is the phase of its cristae."
     share = 1 / (1 + math.exp(-max(-60.0, depth) / 3.5))
     crista = max(0.0, math.sin(wave)) ** 2 * min(1.0, max(0.0, (depth - 12) / 8))
-    inner = look.matrix + 4 * grain - look.cristae * (crista - 0.3) 
+    inner = look.matrix + 4 * grain - look.cristae * (crista - 0.3)
     grey += share * (inner - grey)
     return grey + 0.8 * math.exp(-((depth - 2) / (look.half_membrane / 2)) ** 2) * (look.membrane - grey)
 
@@ -136,7 +137,8 @@ def _synaptic_ink(positions, normals, pre, voxel_size, labels, ink):
 def _greys(rng, labels, look):
     "A grey of cytoplasm for each label; `look.cytoplasm` on average over the voxels, however large the bodies are."
     sizes = np.bincount(labels.ravel())
-    greys = rng.normal(0, look.spread, len(sizes)).clip(-1.9 * look.spread, 1.9 * look.spread)
+    # The darkest cytoplasm stays lighter than a membrane, or two dark neurons would be one.
+    greys = rng.normal(0, look.spread, len(sizes)).clip(-look.spread, 1.8 * look.spread)
     greys += look.cytoplasm - np.average(greys, weights=sizes)
     greys[0] = look.extracellular
     return greys.astype(np.float32)
@@ -200,7 +202,7 @@ def section_flaws(rng, n, voxel_size, look: Look) -> Flaws:
     gains, offsets = np.exp(0.01 * look.contrast * rng.standard_normal(n)), look.contrast * rng.standard_normal(n)
     return Flaws(np.round(shifts / np.array(voxel_size[1:])).astype(int), gains, offsets, missing, rng.random(n) < look.knife_marks)
 
-
+# %% ../nbs/04c_imaging.ipynb #1d274d31
 def _scratched(rng, raw, marked):
     "Draw knife marks into the `marked` sections of `raw`, in place."
     y, x = np.indices(raw.shape[1:], np.float32)
@@ -288,7 +290,7 @@ def _known_volume(array, missing, voxel_size, known):
     array[missing] = attributes.get("unknown", 0)
     return MemoryVolume(array, voxel_size, attributes=attributes)
 
-
+# %% ../nbs/04c_imaging.ipynb #978eeb52
 def _look(look) -> Look:
     "The `Look` of this name."
     if isinstance(look, Look): return look

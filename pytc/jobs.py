@@ -148,7 +148,7 @@ def train(
     checkpoint=None,     # start from its weights
     fast_dev_run=False,  # one batch, to see that everything fits together
 ) -> Path:
-    "Train, and evaluate and report if the config has a validation part; returns the run folder."
+    "Train, evaluate if the config has a validation part, and report; returns the run folder."
     from pytc.config import load_config
     from pytc.reports import report
     cfg, run_dir = load_config(config, overrides), Path(run_dir)
@@ -159,7 +159,11 @@ def train(
     limit_threads(cfg.system.num_cpus if cfg.system.num_cpus > 0 else None)
     if fast_dev_run or not (run_dir / "checkpoint.ckpt").exists():
         run_notebook("train", run_dir, {"run_dir": str(run_dir.resolve()), "checkpoint": start, "fast_dev_run": fast_dev_run})
-    if fast_dev_run or not (cfg.data.val_box or cfg.data.val_image): return run_dir
-    try: run_notebook("evaluate", run_dir, {"run_dir": str(run_dir.resolve())})
-    finally: report(run_dir)
+    if fast_dev_run: return run_dir
+    try:
+        if cfg.data.val_box or cfg.data.val_image: run_notebook("evaluate", run_dir, {"run_dir": str(run_dir.resolve())})
+    except PytcError:
+        report(run_dir)  # scores below what was required are best understood by looking
+        raise
+    report(run_dir)
     return run_dir

@@ -184,7 +184,7 @@ def _neurite(rng, owner, start, radius, room, extent) -> Lines:
 
 def _flattened(lines, rng, room):
     "`lines` as a ribbon: flesh at both sides, along a direction that turns slowly."
-    flatness = max(0.0, rng.normal(0, 0.9))
+    flatness = np.clip(rng.normal(0, 0.8), 0, 1.1)
     along = ndimage.gaussian_filter1d(lines.points - lines.points[np.maximum(lines.parents, 0)], 4, axis=0)
     along /= np.linalg.norm(along, axis=1, keepdims=True) + 1e-9
     angle, frame = np.arange(len(along)) / 60, rng.standard_normal((2, 3))
@@ -208,7 +208,8 @@ def _bundle(rng, owner, start, room, extent):
         if _room_at(room, *place) >= CROWDING * radius and ((place > 0) & (place < extent)).all():
             axon = _root(owner + len(axons), place, radius)
             # The same random numbers for every axon: they turn together.
-            for way in (heading, -heading): axon = _extend(axon, np.random.default_rng(seed), 0, way, radius, room, extent, bold=0.25, care=0.7)
+            for way in (heading, -heading):
+                axon = _extend(axon, np.random.default_rng(seed), 0, way, radius, room, extent, bold=0.25, care=0.7)
             if len(axon.points) >= 8:
                 axons.append(axon)
                 _take_room(room, axon.points, axon.radii)
@@ -245,7 +246,7 @@ def _start(rng, room, extent):
     free = [_room_at(room, *place) for place in places]
     return places[np.argmax(free)], max(free)
 
-
+# %% ../nbs/04a_neurites.ipynb #bbc072fd
 def _grown(rng, owner, radius, n_left, room, extent):
     "A list of new neurites, numbered from `owner`: one, or a bundle, or none where there was no room. They have taken their room."
     place, free = _start(rng, room, extent)
@@ -266,7 +267,7 @@ def _cells(rng, n_cells, room, extent):
         _take_room(room, grown[-1].points, grown[-1].radii.clip(0, CELL_NODE))
     return grown
 
-
+# %% ../nbs/04a_neurites.ipynb #9303b379
 def centre_lines(
     rng,             # numpy Generator
     extent,          # (3,) nm
@@ -341,7 +342,7 @@ def _candidates(nodes, among, places, begin, end, limit):
 # %% ../nbs/04a_neurites.ipynb #e1739654
 @numba.njit(cache=True)
 def _to_border(z, y, x, nodes, first, f1, second, f2):
-    "`(distance, tilt)`: nm from a point to the surface where the scaled distances to two nodes are equal, to first order, and |z| of its normal."
+    "`(distance, tilt)`: nm to the surface where the scaled distances to two nodes are equal, to first order, and |z| of its normal."
     w1, w2 = 1 / ((f1 + 1e-6) * nodes[3, first] ** 2), 1 / ((f2 + 1e-6) * nodes[3, second] ** 2)
     gz = (z - nodes[0, first]) * w1 - (z - nodes[0, second]) * w2
     gy = (y - nodes[1, first]) * w1 - (y - nodes[1, second]) * w2
@@ -375,7 +376,7 @@ def _fill_block(nodes, owners, places, begin, end, labels, depth, border, tilt):
                 labels[i, j, k], depth[i, j, k] = owners[first], (1 - f1) * nodes[3, first]
                 if second >= 0: border[i, j, k], tilt[i, j, k] = _to_border(z, y, x, nodes, first, f1, second, math.sqrt(f[second]))
 
-
+# %% ../nbs/04a_neurites.ipynb #3f8e665b
 @numba.njit(cache=True)
 def _fill_region(nodes, owners, places, region, begin, end, limit, labels, depth, border, tilt):
     "`_fill_block` for the blocks of one region, whose candidates are `region`."
@@ -393,7 +394,7 @@ def nearest_neurite(
     places,        # (3, D, H, W) float32: where each voxel lies, in nm
     limit=np.inf,  # farther than this many radii from every node nothing is written
 ):
-    "`(labels, depth, border, tilt)`: the neurite of each voxel, nm inside its radius, nm to the border (1000: none near), |z| of the border's normal."
+    "`(labels, depth, border, tilt)`: neurite, nm inside its radius, nm to the border (1000: none near), |z| of the border's normal."
     shape = places.shape[1:]
     nodes, everyone = np.stack([*points.T, radii, 1.0 / radii**2]).astype(np.float32), np.arange(len(points))
     labels, depth, border = np.zeros(shape, np.uint32), np.full(shape, -1000, np.float32), np.full(shape, 1000, np.float32)
@@ -422,11 +423,12 @@ def crumbs(labels):
 
 
 def keep_one_piece(labels):
-    "Give the crumbs of `labels` to labels that they touch, in place; those that touch none become background."
+    "Give the crumbs of `labels` to labels that they touch, in place (background where they touch none); returns where they were."
     lost = crumbs(labels)
-    if (lost == (labels > 0)).all(): return
+    if (lost == (labels > 0)).all(): return np.zeros_like(lost)
     labels[lost] = 0
     _fill(labels, np.argwhere(lost))
+    return lost
 
 
 @numba.njit(cache=True)
