@@ -229,6 +229,8 @@ def fib25():
     with tempfile.TemporaryDirectory(prefix="pytc-fib25-") as tmp:
         run(BIN / "pytc", "train", "tutorials/fib25.yaml", "--run-dir", Path(tmp) / "run", cwd=ROOT, minutes=60)
         scores = json.loads((Path(tmp) / "run/scores.json").read_text(encoding="utf-8"))
+        lacks = re.findall('<p class="missing">(.*?)</p>', (Path(tmp) / "run/report.html").read_text(encoding="utf-8"))
+    refuse([f"report.html lacks a part: {why}" for why in lacks])
     table = [f"{name:14}" + ", ".join(f"{key} {row[key]:.3f}" for key in FIB25) for name, row in scores["rows"].items()]
     if not all(scores["test"][key] < bound for key, bound in FIB25.items()): refuse([f"this run does not score below {FIB25}", *table])
     return "\n".join([f"this run scores below {FIB25}", *table])

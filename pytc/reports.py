@@ -385,7 +385,7 @@ def draw_thresholds(axes, calibration):
 def threshold_charts(run) -> dict:
     "The threshold plane and the scores over thresholds, with a sentence."
     calibration, scores = read_json(run, "calibration.json"), or_reason(read_json, run, "scores.json")
-    best, metric = chosen_result(calibration), calibration["metric"]
+    best, metric = chosen_result(calibration), calibration["made_by"]["metric"]
     words = f"{len(calibration['sweep'])} thresholds were tried on the validation part; {best['threshold']:g} has the smallest {metric}, "
     words += f"{best[metric]:.3f}." + (" It is the first or last one tried: try more." if calibration["at_edge"] else "")
     drawn = {"threshold plane: split against merge VOI": chart(draw_plane, calibration, scores.get("rows", {})),
