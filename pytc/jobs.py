@@ -71,7 +71,9 @@ def run_notebook(
         with named_disk_errors(out):
             papermill.execute_notebook(str(path), str(out), parameters, kernel_name="python3", progress_bar=False, stdout_file=sys.stdout, stderr_file=log_file,
                                        extra_arguments=["--IPKernelApp.log_level=40"])  # its remarks about sockets are not for the user
-    except DeadKernelError:
+    except RuntimeError as error:
+        # Killed while it starts, a kernel has not this type yet.
+        if not isinstance(error, DeadKernelError) and "Kernel died" not in str(error): raise
         raise PytcError(f"{out}: its process was killed, most often for lack of memory ({readable_bytes(memory_budget())} are granted); "
                         "give it more or make data.batch_size smaller, and run the same command again: finished work is kept") from None
     except PapermillExecutionError as error:
