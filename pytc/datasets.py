@@ -180,7 +180,11 @@ class ConnectomicsDataModule(LightningDataModule):
         return DataLoader(dataset, self.data.batch_size, sampler=EpochSampler(len(dataset)), num_workers=workers, worker_init_fn=_one_thread,
                           pin_memory=torch.cuda.is_available(), **start)
 
-    def train_dataloader(self): return self._loader(self.train)
+    def train_dataloader(self):
+        loader = self._loader(self.train)
+        # When a training is resumed, workers begin before Lightning tells the sampler which epoch it is.
+        if self.trainer: loader.sampler.set_epoch(self.trainer.current_epoch)
+        return loader
 
     def val_dataloader(self):
         if self.val is None: return []
