@@ -16,6 +16,21 @@ from .core import PytcError, atomic_path, refuse_existing
 from .volumes import Volume, create_volume, open_volume
 
 # %% ../nbs/04_samples.ipynb #4c422947
+def _write_arrays(path, **arrays) -> Path:
+    "Write arrays whose positions are z, y, x as .npz, atomically; returns the path."
+    with atomic_path(path) as partial, partial.open("wb") as file: np.savez_compressed(file, **arrays, axes=np.array(["zyx"]))
+    return Path(path)
+
+
+def _read_arrays(path, kind: str, names) -> list:
+    "The arrays of these names in an .npz file."
+    if not Path(path).exists(): raise PytcError(f"{path} does not exist; give an .npz file with {', '.join(names[:-1])} and {names[-1]}")
+    with np.load(path, allow_pickle=False) as file:
+        missing = set(names) - set(file)
+        if missing: raise PytcError(f"{path} holds {', '.join(file) or 'nothing'}; {kind} also need {', '.join(sorted(missing))}")
+        return [file[name] for name in names]
+
+
 @dataclass(frozen=True)
 class Skeletons:
     "Centre lines of neurons: `ids` (N,) of each node's neuron, `positions` (N, 3) in nm (z, y, x), `edges` (E, 2) of node indices."
@@ -25,18 +40,12 @@ class Skeletons:
 
     def save(self, path):
         "Write as .npz with the arrays `node_id`, `nm_position`, `edges` and `axes`, atomically; returns the path."
-        with atomic_path(path) as partial, partial.open("wb") as file:
-            np.savez_compressed(file, node_id=self.ids, nm_position=self.positions, edges=self.edges, axes=np.array(["zyx"]))
-        return Path(path)
+        return _write_arrays(path, node_id=self.ids, nm_position=self.positions, edges=self.edges)
 
     @classmethod
     def load(cls, path):
         "Read what `save` wrote."
-        if not Path(path).exists(): raise PytcError(f"{path} does not exist; give an .npz file with node_id, nm_position and edges")
-        with np.load(path, allow_pickle=False) as file:
-            missing = {"node_id", "nm_position", "edges"} - set(file)
-            if missing: raise PytcError(f"{path} holds {', '.join(file) or 'nothing'}; skeletons also need {', '.join(sorted(missing))}")
-            return cls(file["node_id"], file["nm_position"], file["edges"])
+        return cls(*_read_arrays(path, "skeletons", ("node_id", "nm_position", "edges")))
 
     def to_voxels(self, volume: Volume):
         "(N, 3) indices of the voxel of `volume` that each node lies in (may leave the volume)."
@@ -57,17 +66,12 @@ class Synapses:
 
     def save(self, path):
         "Write as .npz with the arrays of the same names and `axes`, atomically; returns the path."
-        with atomic_path(path) as partial, partial.open("wb") as file:
-            np.savez_compressed(file, positions=self.positions, pre=self.pre, partners=self.partners, axes=np.array(["zyx"]))
-        return Path(path)
+        return _write_arrays(path, positions=self.positions, pre=self.pre, partners=self.partners)
 
     @classmethod
     def load(cls, path):
         "Read what `save` wrote."
-        with np.load(path, allow_pickle=False) as file:
-            if not {"positions", "pre", "partners"} <= set(file):
-                raise PytcError(f"{path} holds {', '.join(file)}; synapses need positions, pre, partners")
-            return cls(file["positions"], file["pre"], file["partners"])
+        return cls(*_read_arrays(path, "synapses", ("positions", "pre", "partners")))
 
 # %% ../nbs/04_samples.ipynb #d38bfb52
 class MemoryVolume(Volume):
