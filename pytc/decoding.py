@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['decoders', 'check_probabilities', 'connected_components_3d', 'nearest_edges', 'filter_by_size', 'absorb_small',
-           'affinities_to_segmentation', 'semantic_to_instance', 'binary_components', 'decode', 'decode_volume']
+           'affinities_to_segmentation', 'semantic_to_instance', 'binary_components', 'strongest_class', 'decode',
+           'decode_volume']
 
 # %% ../nbs/13_decoding.ipynb #35b4c90e
 import inspect
@@ -306,6 +307,20 @@ def binary_components(
     cut = _cut(threshold, foreground.dtype)
     check_probabilities(foreground)
     return semantic_to_instance(_comparable(foreground) > cut, min_size)
+
+# %% ../nbs/13_decoding.ipynb #df11437e
+@decoders.register("strongest_class")
+def strongest_class(
+    classes,       # (C, D, H, W)
+    threshold=0.5, # a class must be strictly above; 0…1, for uint8 0…255
+):
+    "uint32 (D, H, W): the number, from 1, of the channel with the highest value (the first of equal ones), 0 where none is above the threshold."
+    classes = np.asarray(classes)
+    if classes.ndim != 4 or not len(classes): raise PytcError(f"classes of shape {classes.shape} were given; expected (classes, z, y, x)")
+    cut = _cut(threshold, classes.dtype)
+    check_probabilities(classes)
+    classes = _comparable(classes)
+    return np.where(classes.max(0) > cut, classes.argmax(0) + 1, 0).astype(np.uint32)
 
 # %% ../nbs/13_decoding.ipynb #b195f4ca
 def decode(
