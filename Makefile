@@ -12,10 +12,10 @@ help: ## list these targets
 
 setup: .venv/.installed ## make .venv with all that the book needs (once; needs PyPI)
 
-test: setup ## the gates: notebooks, exported package, wheel (minutes, on a CPU, offline)
+test: setup ## the gates: notebooks, wheel (minutes, on a CPU, offline)
 	@.venv/bin/python .ci/gates.py test
 
-check: setup ## the long checks: slow cells, the demo, real data where PYTC_DATA names it
+check: setup ## the long checks: the exported package, slow cells, the demo, real data where PYTC_DATA names it
 	@.venv/bin/python .ci/gates.py check
 
 demo: setup ## segment a small volume, from nothing to a score

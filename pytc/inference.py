@@ -13,7 +13,8 @@ import numpy as np
 
 from .config import Inference
 from .core import Box, PytcError, check_same, claim, named_disk_errors, one_of, progress, refuse_existing, write_json
-from .volumes import Volume, create_volume, finished, open_volume
+from .sampling import Resampled, resampled, voxels_in
+from .volumes import Readable, Volume, create_volume, finished, open_volume
 
 # %% ../nbs/12_inference.ipynb #89d498fb
 def window_starts(length: int, window: int, overlap: float):
@@ -61,15 +62,14 @@ def run_windows(
 
 # %% ../nbs/12_inference.ipynb #e9bdc978
 def network_answer(module):
-    "`(B, D, H, W)` raw -> `(B, C, D, H, W)` probabilities in float32, by a module as `pytc.training.load_module` gives it."
+    "`(B, D, H, W)` normalised raw -> `(B, C, D, H, W)` probabilities in float32, by a module as `pytc.training.load_module` gives it."
     import torch
     from pytc.training import computes_in_bf16
-    if module.normalization is None: raise PytcError("the network has no normalization of grey values; load it with pytc.training.load_module")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     module = module.to(device).eval()
 
-    def answer(raw):
-        image = torch.from_numpy(module.normalization(raw))[:, None].to(device)
+    def answer(values):
+        image = torch.from_numpy(values)[:, None].to(device)
         with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=computes_in_bf16()):
             logits = module(image).float()
         if not torch.isfinite(logits).all(): raise PytcError("the network answered with NaN or infinite values; train with a smaller learning rate or training.precision=32-true")
@@ -85,17 +85,18 @@ def _grown(start, stop, shape, window, margin):
     return low, [min(n, max(b, a + w)) for a, b, n, w in zip(low, high, shape, window)]
 
 
-def _reader(volume: Volume, start, stop):
-    "A function that reads voxels relative to `start`, mirrored beyond `stop`."
+def _reader(volume: Readable, start, stop, normalization):
+    "A function that reads voxels relative to `start`, normalised unless `normalization` is None, mirrored beyond `stop`."
     def read(a, b):
         inside = [min(t - s, e) for s, t, e in zip(start, stop, b)]
-        part = volume.read_voxels([s + i for s, i in zip(start, a)], [s + i for s, i in zip(start, inside)])
+        sides = [s + i for s, i in zip(start, a)], [s + i for s, i in zip(start, inside)]
+        part = normalization.read(volume, *sides) if normalization else volume.read_voxels(*sides)
         missing = [(0, e - i) for e, i in zip(b, inside)]
         return np.pad(part, missing, mode="symmetric") if any(m for _, m in missing) else part
     return read
 
 
-def _predict_region(answer, volume, start, stop, write, finished, roi, channels, overlap, blend, batch_size):
+def _predict_region(answer, volume, normalization, start, stop, write, finished, roi, channels, overlap, blend, batch_size):
     "Predict the voxels `start` to `stop` with context around them; `write(planes, z)` is called with planes, in order, after the first `finished` ones."
     low, high = _grown(start, stop, volume.shape, roi, [int(w * overlap) for w in roi])
     work = tuple(max(b - a, w) for a, b, w in zip(low, high, roi))
@@ -104,7 +105,7 @@ def _predict_region(answer, volume, start, stop, write, finished, roi, channels,
     def take(planes, z):
         first, last = max(z, top + finished), min(z + planes.shape[1], bottom)
         if first < last: write(planes[(slice(None), slice(first - z, last - z), *(slice(*side) for side in across))], first - top)
-    run_windows(_reader(volume, low, high), answer, take, work, roi, channels, overlap, blend, batch_size, top + finished)
+    run_windows(_reader(volume, low, high, normalization), answer, take, work, roi, channels, overlap, blend, batch_size, top + finished)
 
 # %% ../nbs/12_inference.ipynb #a94c6df8
 def _settings(module, **given):
@@ -118,10 +119,10 @@ def _settings(module, **given):
     return settings
 
 
-def _region(volume, box):
-    "`(start, stop)` in voxels of a box in nm, or of everything."
-    start, stop = ((0, 0, 0), volume.shape) if box is None else box.to_voxels(volume.voxel_size, volume.offset)
-    if not all(0 <= a < b <= n for a, b, n in zip(start, stop, volume.shape)):
+def _region(image, box, volume):
+    "`(start, stop)` in voxels of `image`, a view of `volume`, of a box in nm, or of everything."
+    start, stop = ((0, 0, 0), image.shape) if box is None else voxels_in(image, box, volume)
+    if not all(0 <= a < b <= n for a, b, n in zip(start, stop, image.shape)):
         raise PytcError(f"the box {box} is empty or leaves {volume.url} ({volume.box}); choose a region inside")
     return start, stop
 
@@ -132,7 +133,7 @@ NOTE = ".planes.json"
 def network_hash(module):
     "sha256 of a module's weights and normalisation, or None for a plain function."
     if not hasattr(module, "state_dict"): return None
-    digest = hashlib.sha256(repr(module.normalization).encode())
+    digest = hashlib.sha256(json.dumps(module.normalization.to_dict(), sort_keys=True).encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode() + tensor.detach().cpu().numpy().tobytes())
     return digest.hexdigest()
@@ -177,23 +178,27 @@ def predict(
     channels: int = None,    # only for a function
     attributes: dict = None, # further entries for the prediction's attributes
 ):
-    "Probabilities (C, D, H, W) over a region: a Volume at `out`, or without `out` an array."
-    volume = volume if isinstance(volume, Volume) else open_volume(volume)
-    start, stop = _region(volume, box)
+    "Probabilities (C, D, H, W) over a region, at the resolution of the network: a Volume at `out`, or without `out` an array."
+    volume = volume if isinstance(volume, Readable) else open_volume(volume)
+    cfg, target, normalization = (getattr(module, name, None) for name in ("cfg", "target", "normalization"))
+    if target and normalization is None: raise PytcError("the network has no normalization of grey values; load it with pytc.training.load_module")
+    image = resampled(volume, cfg.data.resolution) if cfg and cfg.data.resolution else volume
+    start, stop = _region(image, box, volume)
     settings = _settings(module, roi=roi, overlap=overlap, blend=blend, batch_size=batch_size, dtype=dtype)
-    target = getattr(module, "target", None)
     known = {"kind": "prediction", **({"channels": list(target.channels), **target.attributes} if target else {}), **(attributes or {}),
-             "made_by": {"source": volume.url, "voxels": [list(map(int, start)), list(map(int, stop))], "network": network_hash(module), **settings}}
+             "made_by": {"source": image.url, "voxels": [list(map(int, start)), list(map(int, stop))], "network": network_hash(module), **settings}}
+    if isinstance(image, Resampled): known["made_by"]["voxel_size"] = list(image.voxel_size)
     if out is not None and (whole := finished(out, known)): return whole
+    if normalization: normalization = normalization.on(image, Path(out).parent if out is not None else None)
     answer, channels = (network_answer(module), len(target.channels)) if target else (module, channels)
     dtype, shape = settings.pop("dtype"), (channels, *(b - a for a, b in zip(start, stop)))
-    run = lambda write, planes=0: _predict_region(answer, volume, start, stop, lambda part, z: write(part.astype(dtype), z), planes, channels=channels, **settings)
+    run = lambda write, planes=0: _predict_region(answer, image, normalization, start, stop, lambda part, z: write(part.astype(dtype), z), planes, channels=channels, **settings)
 
     if out is None:
         whole = np.empty(shape, dtype)
         def keep(planes, z): whole[:, z:z + planes.shape[1]] = planes
         run(keep)
         return whole
-    offset = [o + a * v for o, a, v in zip(volume.offset, start, volume.voxel_size)]
-    _predict_to(Path(out), shape, dtype, volume.voxel_size, offset, known, run)
+    offset = [o + a * v for o, a, v in zip(image.offset, start, image.voxel_size)]
+    _predict_to(Path(out), shape, dtype, image.voxel_size, offset, known, run)
     return open_volume(out)

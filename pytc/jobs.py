@@ -118,8 +118,10 @@ def check_required(scores: dict, required: dict):
 # %% ../nbs/21_jobs.ipynb #cf597d15
 def _inputs(cfg, config) -> list:
     "The files and folders that the config reads; raises for one that is not there."
-    urls = [url for key, url in cfg.data.items() if key.endswith(("_image", "_label")) and url] + list(cfg.evaluation.references.values())
-    paths = list(dict.fromkeys(str(url).partition(":/")[0] for url in urls))
+    urls = [url for key, url in cfg.data.items() if key.endswith(("_image", "_label", "_mask"))] + list(cfg.evaluation.references.values())
+    urls += [source[key] for source in cfg.data.sources for key in ("image", "label", "mask")]
+    # What lies on a server is checked when it is opened.
+    paths = list(dict.fromkeys(url.partition(":/")[0] for url in urls if url and "://" not in url))
     for path in paths:
         if not Path(path).exists(): raise PytcError(f"{path} does not exist; check the paths of the section data in {config}")
     return paths
@@ -153,10 +155,13 @@ def train(
     "Train, evaluate if the config has a validation part, and report; returns the run folder."
     from pytc.config import load_config
     from pytc.reports import report
+    from pytc.splits import with_split
     cfg, run_dir = load_config(config, overrides), Path(run_dir)
+    inputs = _inputs(cfg, config)
+    cfg = with_split(cfg)
     if checkpoint and not Path(checkpoint).is_file(): raise PytcError(f"{checkpoint} does not exist; give a checkpoint, e.g. RUN/checkpoint.ckpt")
     start = checkpoint and str(Path(checkpoint).resolve())
-    _begin(cfg, run_dir, {**provenance(_inputs(cfg, config)), "initial_checkpoint": checkpoint and checksum(checkpoint)})
+    _begin(cfg, run_dir, {**provenance(inputs), "initial_checkpoint": checkpoint and checksum(checkpoint)})
     print(f"run folder {run_dir}; should this be stopped, the same command with --run-dir {run_dir} goes on", flush=True)
     limit_threads(cfg.system.num_cpus if cfg.system.num_cpus > 0 else None)
     if fast_dev_run or not (run_dir / "checkpoint.ckpt").exists():

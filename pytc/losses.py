@@ -40,7 +40,7 @@ def masked_dice(logits, values, mask):
     mask = mask.float()
     # As above: what is unknown is replaced before any arithmetic, so that not even a NaN spreads.
     predicted = torch.sigmoid(logits.float().where(mask > 0, 0.0)) * mask
-    values = values.float().where(mask > 0, 0.0)
+    values = values.float().where(mask > 0, 0.0) * mask
     both, either = _per_channel(predicted * values), _per_channel(predicted) + _per_channel(values)
     return _mean_of_known(1 - (2 * both + 1e-5) / (either + 1e-5), _per_channel(mask))
 

@@ -21,7 +21,7 @@ import numpy as np
 from .config import Config, load_config
 from .core import PytcError, atomic_path
 from .metrics import contingency
-from .regions import open_labels
+from .regions import open_image, open_labels
 from .tuning import truth_of
 from .viewing import bar_length, error_overlay, label_colors, overlay, panel_picture
 from .volumes import Volume, open_volume
@@ -119,7 +119,7 @@ def read_scene(run) -> Scene:
     if grid is None: raise PytcError(" ".join(notes))
     scene = Scene(grid.shape[-3:], grid.voxel_size, grid.offset, notes=notes)
     cfg = attempt("raw and truth", lambda: load_config(present(run, "config.yaml")))
-    image = cfg and attempt("raw", lambda: open_volume(cfg.data.test_image or cfg.data.train_image, cfg.data.voxel_size))
+    image = cfg and attempt("raw", lambda: open_image(cfg.data.test_image or cfg.data.train_image, cfg.data)[0])
     readers = {"segmentation": (segmentation, lambda volume: volume.read()), "prediction": (prediction, _least),
                "raw": (image, lambda volume: _grey(volume, grid.box)), "truth": (cfg, lambda cfg: _truth(cfg, grid))}
     for name, (source, read) in readers.items():

@@ -8,7 +8,6 @@ __all__ = ['optimizers', 'schedules', 'rate_at', 'ConnectomicsModule', 'read_che
 
 # %% ../nbs/11_training.ipynb #19a7673d
 import io, logging, math, shutil, time, warnings
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -20,10 +19,11 @@ from omegaconf import OmegaConf
 
 from .config import Config
 from .core import PytcError, Registry, atomic_path, claim, cpu_budget, limit_threads, log, write_json
-from .datasets import ConnectomicsDataModule, Normalization
+from .datasets import ConnectomicsDataModule
 from .losses import CombinedLoss
 from .machine import computes_in_bf16, peak_memory, record_step, reset_peak_memory
 from .models import build_model
+from .normalization import Normalization
 from .targets import build_target
 
 # %% ../nbs/11_training.ipynb #0e5d20aa
@@ -75,6 +75,8 @@ class ConnectomicsModule(LightningModule):
 
     def validation_step(self, batch, _): return self._step(batch, "val")
 
+    def test_step(self, batch, _): return self._step(batch, "test")
+
     def configure_optimizers(self):
         optimizer, scheduler = self.cfg.optimizer, self.cfg.scheduler
         made = optimizers[optimizer.name](self.parameters(), lr=optimizer.lr, weight_decay=optimizer.weight_decay)
@@ -84,7 +86,7 @@ class ConnectomicsModule(LightningModule):
         return {"optimizer": made, "lr_scheduler": {"scheduler": torch.optim.lr_scheduler.LambdaLR(made, rate), "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint):
-        checkpoint["pytc"] = {"config": OmegaConf.to_container(self.cfg, resolve=True), "normalization": asdict(self.normalization)}
+        checkpoint["pytc"] = {"config": OmegaConf.to_container(self.cfg, resolve=True), "normalization": self.normalization.to_dict()}
 
 # %% ../nbs/11_training.ipynb #c4db2442
 def read_checkpoint(path):
@@ -101,7 +103,7 @@ def load_module(path) -> ConnectomicsModule:
     "The trained module of a checkpoint, in evaluation mode, on the CPU."
     checkpoint = read_checkpoint(path)
     cfg = OmegaConf.merge(OmegaConf.structured(Config), checkpoint["pytc"]["config"])
-    module = ConnectomicsModule(cfg, normalization=Normalization(**checkpoint["pytc"]["normalization"]))
+    module = ConnectomicsModule(cfg, normalization=Normalization.from_dict(checkpoint["pytc"]["normalization"]))
     load_weights(module, checkpoint, path)
     return module.eval()
 
@@ -199,6 +201,7 @@ def fit(
     if done.exists() and not fast_dev_run: return done
     seed_everything(cfg.system.seed, verbose=False)
     data = data or ConnectomicsDataModule(cfg)
+    cfg = data.cfg # with what only the volumes tell
     module = ConnectomicsModule(cfg, normalization=data.normalization)
     if fast_dev_run: return create_trainer(cfg, run_dir, fast_dev_run).fit(module, datamodule=data)
     with claim(run_dir):
