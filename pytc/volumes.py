@@ -329,6 +329,7 @@ def volume_rows(source, volume: Volume) -> list:
     chunks = [f"{times(storage[name])} {name}" for name in ("chunks", "shards") if storage.get(name)]
     levels = level_rows(source)
     decoded = int(np.prod(volume.shape)) * volume.dtype.itemsize
+    on_disk = "" if storage["bytes"] is None else f"{readable_bytes(storage['bytes'])} on disk, "
     return [("format", source.format + (", a level of an OME-NGFF image" if levels else "")),
             ("shape", f"{times(volume.shape)} ({', '.join('czyx'[-len(volume.shape):])})"),
             ("type", str(volume.dtype)),
@@ -336,7 +337,7 @@ def volume_rows(source, volume: Volume) -> list:
             ("offset", f"{', '.join(f'{o:g}' for o in volume.offset)} nm (the centre of the first voxel)"),
             ("extent", f"{times(np.round(extent, 6))} {unit}"),
             ("storage", ", ".join([*(chunks or ["in one piece"]), f"compressor {storage['compressor']}"])),
-            ("size", f"{readable_bytes(storage['bytes'])} on disk, {readable_bytes(decoded)} in memory"),
+            ("size", on_disk + f"{readable_bytes(decoded)} in memory"),
             *zip(["levels", *[""] * len(levels)], levels), value_row(volume), *attribute_rows(volume.attributes)]
 
 
