@@ -16,7 +16,7 @@ import pooch
 import torch
 from lightning.pytorch import LightningDataModule
 from omegaconf import OmegaConf
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, default_collate
 
 from .augment import build_train_transforms
 from .caching import CachedVolumeDataset, DiskCachedVolumeDataset, begin_worker, cache_budget
@@ -209,6 +209,10 @@ class ConnectomicsDataModule(LightningDataModule):
     def on_after_batch_transfer(self, batch, index):
         "Lightning's hook: patches that come unfinished are finished where the network is."
         return finish_batch(batch, self.transform, self.target, self.data.patch_size) if "draw" in batch else batch
+
+    def patch(self, index: int) -> dict:
+        "Training patch `index` as the network sees it."
+        return {name: values[0] for name, values in self.on_after_batch_transfer(default_collate([self.train[index]]), 0).items()}
 
     def train_dataloader(self): return self._loader(self.train, self.data.num_workers, fixed=False)
     def val_dataloader(self): return [] if self.val is None else self._loader(self.val)
