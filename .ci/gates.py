@@ -219,7 +219,7 @@ def package():
 def slow():
     "Notebooks with `#| slow` cells, with those."
     flagged = [path for path in chapters() if any(directive("slow", cell) is not None for cell in code_cells(path))]
-    return run_notebooks(flagged, flags="slow")
+    return run_notebooks(flagged[::-1], flags="slow")  # those of whole runs come last in the book, and take longest
 
 def demo():
     "`pytc demo` goes from nothing to a score."
