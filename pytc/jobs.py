@@ -70,7 +70,7 @@ def run_notebook(
     try:
         with named_disk_errors(out):
             papermill.execute_notebook(str(path), str(out), parameters, kernel_name="python3", progress_bar=False, stdout_file=sys.stdout, stderr_file=log_file,
-                                       extra_arguments=["--IPKernelApp.log_level=40"])  # its remarks about sockets are not for the user
+                                       extra_arguments=["--IPKernelApp.log_level=50"])  # its remarks about sockets and interrupts are not for the user
     except RuntimeError as error:
         # Killed while it starts, a kernel has not this type yet.
         if not isinstance(error, DeadKernelError) and "Kernel died" not in str(error): raise
