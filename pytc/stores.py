@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PROBLEMS', 'RETRIES', 'PATIENCE', 'NoAccess', 'access_advice', 'named_error', 'named_errors', 's3_access',
-           'chunk_cache', 'limit_cache', 'Store', 'kvstore', 'opened', 'read_files', 'read_json', 'consolidated',
-           'list_keys', 'folder_bytes', 'ChunkedArray']
+           'chunk_cache', 'small_cache', 'limit_cache', 'Store', 'kvstore', 'opened', 'read_files', 'read_json',
+           'consolidated', 'list_keys', 'folder_bytes', 'ChunkedArray']
 
 # %% ../nbs/01b_stores.ipynb #606ad706
-import contextlib, functools, itertools, json, os, posixpath, re
+import contextlib, contextvars, functools, itertools, json, os, posixpath, re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,17 +76,36 @@ def s3_access() -> dict:
 RETRIES = 6  # of a request, waiting 0.25, 0.5, … 8 s in between: about 16 s in all
 
 
-@functools.cache
-def chunk_cache():
-    "One cache of decoded chunks (of `PYTC_CACHE_BYTES`, default 1 GiB) and one thread budget for all volumes of a process."
+def _context(total_bytes: int):
     import tensorstore as ts
-    budget = os.environ.get("PYTC_CACHE_BYTES", str(1 << 30))
-    if not budget.isdigit(): raise PytcError(f"PYTC_CACHE_BYTES is {budget!r}; give a whole number of bytes, 0 for no cache")
     # tensorstore would otherwise wait for many minutes before it says that a server is gone.
     patience = {"max_retries": RETRIES, "initial_delay": "250ms", "max_delay": "8s"}
-    return ts.Context({"cache_pool": {"total_bytes_limit": int(budget)},
+    return ts.Context({"cache_pool": {"total_bytes_limit": total_bytes},
                        "data_copy_concurrency": {"limit": cpu_budget()},
                        "s3_request_retries": patience, "http_request_retries": patience})
+
+
+@functools.cache
+def _shared():
+    budget = os.environ.get("PYTC_CACHE_BYTES", str(1 << 30))
+    if not budget.isdigit(): raise PytcError(f"PYTC_CACHE_BYTES is {budget!r}; give a whole number of bytes, 0 for no cache")
+    return _context(int(budget))
+
+
+_own = contextvars.ContextVar("the cache of volumes that are opened now", default=None)
+
+
+def chunk_cache():
+    "One cache of decoded chunks (of `PYTC_CACHE_BYTES`, default 1 GiB) and one thread budget for all volumes of a process."
+    return _own.get() or _shared()
+
+
+@contextlib.contextmanager
+def small_cache(total_bytes: int = 64 << 20):
+    "What is opened inside has a small cache of its own: for volumes that are read or written once, from one end to the other."
+    token = _own.set(_context(total_bytes))
+    try: yield
+    finally: _own.reset(token)
 
 
 def limit_cache(total_bytes: int):
@@ -94,7 +113,7 @@ def limit_cache(total_bytes: int):
     if not (isinstance(total_bytes, int) and total_bytes >= 0):
         raise PytcError(f"a chunk cache of {total_bytes!r} bytes was asked for; give a whole number, 0 for none")
     os.environ["PYTC_CACHE_BYTES"] = str(total_bytes)
-    chunk_cache.cache_clear()
+    _shared.cache_clear()
 
 # %% ../nbs/01b_stores.ipynb #9bd9ab1d
 @dataclass(frozen=True)
