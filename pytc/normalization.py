@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['kinds', 'BLOCK_BYTES', 'DEPTH', 'BINS', 'Normalization', 'name_of', 'read_finite', 'blocks', 'moments', 'between',
            'none', 'zscore', 'extremes', 'unit', 'histogram', 'percentile', 'measure', 'measured_on', 'of_sections',
-           'mean_and_spread', 'section']
+           'mean_and_spread', 'section', 'mirrored', 'read_mirrored']
 
 # %% ../nbs/02d_normalization.ipynb #0d210146
 import hashlib, json
@@ -214,3 +214,18 @@ def mean_and_spread(volume: Readable) -> dict:
 def section(volume, start, stop):
     "Mean 0 and standard deviation 1 in every section of the volume, whatever the region."
     return of_sections(volume)
+
+# %% ../nbs/02d_normalization.ipynb #22c1353c
+def mirrored(places, length: int):
+    "The voxels, 0 to `length` - 1, that stand at these places where a mirror stands at either end."
+    places = np.mod(places, 2 * length)
+    return np.where(places < length, places, 2 * length - 1 - places)
+
+
+def read_mirrored(volume: Readable, start, stop, normalization: Normalization = None):
+    "The voxels from `start` to `stop`, normalised if so asked, mirrored where they leave the volume."
+    voxels = [mirrored(np.arange(a, b), n) for a, b, n in zip(start, stop, volume.shape[-3:])]
+    low, high = [v.min() for v in voxels], [v.max() + 1 for v in voxels]
+    part = normalization.read(volume, low, high) if normalization else volume.read_voxels(low, high)
+    inside = all(0 <= a and b <= n for a, b, n in zip(start, stop, volume.shape[-3:]))
+    return part if inside else part[(..., *np.ix_(*[v - first for v, first in zip(voxels, low)]))]
