@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import cc3d
 import numpy as np
 
-from .affinities import AffinitySpec, affinities
+from .affinities import AffinitySpec, Edge, affinities
 from .core import PytcError, Registry
 from .descriptors import SECTION_CHANNELS, SHAPE_CHANNELS, flow, local_shape
 from .distances import (boundary, check_voxel_size, eroded, instance_distance, reach_voxels, semantic_distance, signed_distance,
@@ -38,6 +38,16 @@ class LabelTarget:
     decoder = None          # the registered decoder that finds the objects again
     no_inverse = None       # why there is none
     spec, attributes = None, {}
+
+    @property
+    def bearings(self):
+        "For each channel what it is a statement about, when the volume is turned: `()`, the axes it bears, or an `Edge`; None if it cannot be turned."
+        return ((),) * len(self.channels)
+
+    @property
+    def parts(self):
+        "name -> `(channels as a slice, bearings)` of each head."
+        return {"target": (slice(0, len(self.channels)), self.bearings)}
 
     def __repr__(self): return f"{type(self).__name__}({', '.join(self.channels)}; context {self.context})"
 
@@ -66,6 +76,9 @@ class AffinityTarget(LabelTarget):
 
     @property
     def attributes(self): return {"affinities": self.spec.to_dict()}
+
+    @property
+    def bearings(self): return tuple(map(Edge, self.spec.offsets))
 
     def __call__(self, labels):
         values, mask = affinities(labels, self.spec, self.unknown)
@@ -181,6 +194,9 @@ class FlowTarget(LabelTarget):
         self.channels = ("flow_z", "flow_y", "flow_x")[int(sections):]
         self.context = tuple(n + (a > 0 or not sections) for a, n in enumerate(reach_voxels(reach, voxel_size, sections)))
 
+    @property
+    def bearings(self): return ((0,), (1,), (2,))[int(self.params["sections"]):]
+
     def __call__(self, labels): return Target(*flow(labels, **self.params))
 
 
@@ -193,6 +209,11 @@ class LocalShapeTarget(LabelTarget):
         self.params = dict(voxel_size=check_voxel_size(voxel_size), sigma=sigma, sections=sections, unknown=unknown)
         self.channels = SECTION_CHANNELS if sections else SHAPE_CHANNELS
         self.context = reach_voxels(3 * sigma, voxel_size, sections)
+
+    @property
+    def bearings(self):
+        axes = range(int(self.params["sections"]), 3)
+        return (*((a,) for a in axes), *((a, a) for a in axes), *((a, b) for a in axes for b in axes if a < b), ())
 
     def __call__(self, labels): return Target(*local_shape(labels, **self.params))
 
@@ -248,6 +269,9 @@ class TargetOfTarget(LabelTarget):
         self.target, self.unknown = _inner(target, voxel_size), unknown
         for name in ("channels", "context", "decoder", "no_inverse", "spec", "attributes"): setattr(self, name, getattr(self.target, name))
 
+    @property
+    def bearings(self): return self.target.bearings
+
     def _labels(self, labels): return signed_labels(labels, self.unknown)
 
 # %% ../nbs/06_targets.ipynb #a1930f83
@@ -275,6 +299,9 @@ class QuantizedTarget(TargetOfTarget):
         self.no_inverse = f"first `from_levels`, then as {self.target.decoder or 'the target inside'}"
         self.channels = tuple(f"{channel}_{level}" for channel in self.target.channels for level in range(levels))
         self.attributes = {"levels": levels, "inside": {**self.target.attributes, "decoder": self.target.decoder}}
+
+    @property
+    def bearings(self): return ((),) * len(self.channels) if not any(self.target.bearings) else None
 
     def __call__(self, labels):
         inner = self.target(self._labels(labels))
@@ -343,6 +370,9 @@ class HeadsTarget(LabelTarget):
         place = {name: [channels.start, channels.stop] for name, channels in self.slices.items()}
         return {"heads": [{"name": name, "channels": place[name], "decoder": target.decoder, **target.attributes}
                           for name, target in self.heads.items()]}
+
+    @property
+    def parts(self): return {name: (self.slices[name], target.bearings) for name, target in self.heads.items()}
 
     def split(self, prediction): return {name: prediction[channels] for name, channels in self.slices.items()}
 
