@@ -162,9 +162,16 @@ class Logging:
 class Inference:
     roi: Optional[list[int]] = None # the window in voxels; default: the training patch
     overlap: float = 0.25
-    blend: str = "gaussian"
+    blend: str = "gaussian" # or constant, distance, bump
+    halo: list[int] = field(default_factory=lambda: [0, 0, 0]) # voxels (z, y, x) at the rim of a window that are thrown away; then nothing overlaps or blends
+    views: Any = "none"     # mirrored, all, or a list such as [zyx, zy-x]: what each window is also seen from
+    combine: Any = "mean"   # of all answers: mean, min, max, median; or one for each head: {affinity: min}
+    dropout_passes: int = 0 # with dropout kept on, a network answers so many times
+    maps: list[str] = field(default_factory=list) # variance, entropy, disagreement of the answers, written beside the prediction
+    precision: str = "auto" # bf16-mixed where the hardware computes in it, else 32-true; or 16-mixed
+    compile: bool = False   # worth it on a GPU
     batch_size: int = 1
-    dtype: str = "float16"
+    dtype: str = "float16"  # or float32; uint8 has steps of 1/255
 
 
 @dataclass
