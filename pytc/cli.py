@@ -81,18 +81,28 @@ def predict(
     run: Annotated[Path, typer.Argument(help="A run folder or a checkpoint.")],
     volume: Annotated[str, typer.Argument(help="file.zarr/raw or file.h5:/raw")],
     out: Annotated[Path, typer.Argument(help="The Zarr array to create.")],
+    settings: Annotated[Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="Of the config's section inference, e.g. overlap=0.5 views=mirrored.")] = None,
     box: Box_ = None,
     voxel_size: VoxelSize = None,
+    mask: Annotated[Optional[str], typer.Option(help="A volume that is 0 where nothing is wanted.")] = None,
+    also: Annotated[Optional[list[Path]], typer.Option("--also", help="Another run that is asked, too; may be repeated.")] = None,
+    soup: Annotated[bool, typer.Option("--soup", help="Average the weights of these runs, not their answers.")] = False,
+    devices: Annotated[int, typer.Option(min=1, help="Processes, each with its GPU where there are any.")] = 1,
 ):
-    "Predict a volume with a trained network, streamed to Zarr."
+    "Predict a volume with a trained network, or several, streamed to Zarr."
     from pytc.volumes import open_volume
     source, there = open_volume(volume, _sizes(voxel_size)), out.exists()
-    region = source.box_of(*parse_voxels(box, source.shape)) if box else None
+    region = source.box_of(*parse_voxels(box, source.shape[-3:])) if box else None
     checkpoint, attributes = _checkpoint_of(run)
-    from pytc.inference import predict as predict_volume
+    checkpoints = [checkpoint, *(_checkpoint_of(other)[0] for other in also or [])]
+    from pytc import ensembles, inference
     from pytc.training import load_module
-    made = predict_volume(load_module(checkpoint), source, out, region, attributes={**attributes, "checkpoint": str(checkpoint)})
-    print(f"{'complete already' if there else 'wrote'}: {out}, {made}")
+    modules = [load_module(file) for file in checkpoints]
+    if soup: modules = [ensembles.soup(modules)]
+    names = {"checkpoint": ", ".join(map(str, checkpoints))}
+    made = inference.predict(modules, source, out, region, mask, {**attributes, **names}, devices, **_values(settings))
+    # Of several processes, one speaks.
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0: print(f"{'complete already' if there else 'wrote'}: {out}, {made}")
 
 
 @app.command()
