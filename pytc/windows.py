@@ -37,7 +37,7 @@ def blend_weights(window, blend: str = "gaussian", halo=(0, 0, 0)):
     return np.maximum(lines[0][:, None, None] * lines[1][:, None] * lines[2], 1e-4).astype(np.float32)
 
 # %% ../nbs/11a_windows.ipynb #b0527ef9
-GROUP = 16 # planes that are handed over at once; as deep as the chunks of a prediction
+GROUP = 8 # planes that are handed over at once; as deep as the chunks of a prediction
 
 
 def _places(rows, window, corner, wanted):
@@ -87,6 +87,7 @@ def run_windows(
                 total[(slice(None), *place)] += found[k] * mine
                 seen[(slice(None), *place)] += mine
             next(ticks)
+        slab = None # or it would still be there while the next one is read
         # Planes above the next window are finished; the rest moves up to make room.
         for a in range(max(z, start[0]), min(following, stop[0]), GROUP):
             part = (slice(None), slice(a - z, min(a + GROUP, following, stop[0]) - z), *inner)
