@@ -20,9 +20,9 @@ from omegaconf import OmegaConf
 from .config import Config
 from .core import PytcError, Registry, atomic_path, claim, cpu_budget, limit_threads, log, write_json
 from .datasets import ConnectomicsDataModule
-from .losses import CombinedLoss
+from .losses import build_loss
 from .machine import computes_in_bf16, peak_memory, record_step, reset_peak_memory
-from .models import build_model
+from .models import build_model, channels_last, head_slices, with_network_size
 from .normalization import Normalization
 from .targets import build_target
 
@@ -54,8 +54,9 @@ class ConnectomicsModule(LightningModule):
         super().__init__()
         self.cfg, self.normalization = cfg, normalization
         self.target = build_target(cfg.data.target.name, **cfg.data.target.params)
-        self.model = (model or build_model(cfg, len(self.target.channels))).to(memory_format=torch.channels_last_3d)
-        self.loss = CombinedLoss(cfg.model.loss_functions, cfg.model.loss_weights)
+        heads = head_slices(self.target, cfg.data.target.name)
+        self.model = channels_last(model or build_model(cfg, len(self.target.channels), heads))
+        self.loss = build_loss(cfg.model, heads)
 
     def forward(self, image): return self.model(image.contiguous(memory_format=torch.channels_last_3d))
 
@@ -115,7 +116,7 @@ def load_weights(module, checkpoint: dict, path):
     if wrong:
         model = checkpoint["pytc"]["config"]["model"]
         raise PytcError(f"{path} holds weights of {model['architecture']} with filters {model['filters']}, which do not fit {module.cfg.model.architecture} "
-                        f"with filters {list(module.cfg.model.filters)} ({len(wrong)} tensors differ, e.g. {wrong[0]}); use the model section it was trained with")
+                        f"with filters {module.cfg.model.filters} ({len(wrong)} tensors differ, e.g. {wrong[0]}); use the model section it was trained with")
     module.load_state_dict(theirs)
 
 # %% ../nbs/11_training.ipynb #de22baba
@@ -201,7 +202,7 @@ def fit(
     if done.exists() and not fast_dev_run: return done
     seed_everything(cfg.system.seed, verbose=False)
     data = data or ConnectomicsDataModule(cfg)
-    cfg = data.cfg # with what only the volumes tell
+    cfg = with_network_size(data.cfg, data.of_sources[0][0][0].voxel_size) # with what only the volumes tell
     module = ConnectomicsModule(cfg, normalization=data.normalization)
     if fast_dev_run: return create_trainer(cfg, run_dir, fast_dev_run).fit(module, datamodule=data)
     with claim(run_dir):
