@@ -48,6 +48,8 @@ class Model:
     loss_weights: list[float] = field(default_factory=lambda: [1.0])
     heads: dict[str, Head] = field(default_factory=dict) # by the name of a target: what is special about it
     balance: str = "fixed" # or uncertainty: the weights of the heads are learned
+    scale_weights: Optional[list[float]] = None # of the answers under deep supervision, finest first; default: 1, 1/2, 1/4, …
+    scale_clamp: Optional[float] = None         # holds the logits of coarser answers between -scale_clamp and scale_clamp
 
 # %% ../nbs/01_config.ipynb #939d988e
 CACHES = "chunks", "memory", "disk", "patches"

@@ -178,12 +178,13 @@ def local_shape(
     sections=False,  # within each section: the six channels without z
     unknown=-1,
 ):
-    "`(values, mask)`, float32 and uint8 (10 or, of sections, 6, D, H, W): the descriptors `SHAPE_CHANNELS` or `SECTION_CHANNELS`; 0 in background."
+    "`(values, mask)`, float32 and uint8 (10 or, of sections, 6, D, H, W): the descriptors `SHAPE_CHANNELS` or `SECTION_CHANNELS`; in background 0, and 0.5 (neither way) for what has a direction."
     labels, voxel_size = signed_labels(labels, unknown), check_voxel_size(voxel_size)
     margins = reach_voxels(_TRUNCATE * sigma, voxel_size, sections)
     taps = [_taps(sigma / size if margin else 0) for size, margin in zip(voxel_size, margins)]
     compact, count = compact_labels(labels)
     values, known = np.zeros((10, *labels.shape), np.float32), _fully_known(labels, margins)
+    values[[0, 1, 2, 6, 7, 8]] = 0.5
     for label, box in enumerate(find_objects(compact) if count else [], start=1):
         _describe((compact[box] == label).astype(np.float32), *taps, np.array(voxel_size) / sigma, values[(slice(None), *box)])
     if sections: values = values[[SHAPE_CHANNELS.index(name) for name in SECTION_CHANNELS]]

@@ -37,12 +37,18 @@ class LabelTarget:
     context = (0, 0, 0)     # voxels around a patch, per axis, whose labels can change a value in it
     decoder = None          # the registered decoder that finds the objects again
     no_inverse = None       # why there is none
+    graded = False          # whether values between 0 and 1 are meant
     spec, attributes = None, {}
 
     @property
     def bearings(self):
         "For each channel what it is a statement about, when the volume is turned: `()`, the axes it bears, or an `Edge`; None if it cannot be turned."
         return ((),) * len(self.channels)
+
+    @property
+    def kinds(self):
+        "For each channel how it becomes coarser: `nearest`, or `mean` where values between 0 and 1 are meant."
+        return ("mean" if self.graded else "nearest",) * len(self.channels)
 
     @property
     def parts(self):
@@ -138,7 +144,7 @@ class BoundaryTarget(LabelTarget):
 
 class DistanceTarget(LabelTarget):
     "Distances up to `reach` nm in one channel, 0…1; the middles of objects are found by `binary_components`."
-    channels, decoder = ("distance",), "binary_components"
+    channels, decoder, graded = ("distance",), "binary_components", True
     measure = None
 
     def __init__(self, voxel_size=None, reach=80, sections=False, unknown=-1):
@@ -187,7 +193,7 @@ class SkeletonDistanceTarget(DistanceTarget):
 @targets.register("flow")
 class FlowTarget(LabelTarget):
     "Slope of the distance to the border, a channel per axis, 0.5 for none, see `flow`."
-    no_inverse = "vectors part at every neck of one object as they do between two"
+    graded, no_inverse = True, "vectors part at every neck of one object as they do between two"
 
     def __init__(self, voxel_size=None, reach=80, sections=False, unknown=-1):
         self.params = dict(voxel_size=check_voxel_size(voxel_size), reach=reach, sections=sections, unknown=unknown)
@@ -203,7 +209,7 @@ class FlowTarget(LabelTarget):
 @targets.register("local_shape")
 class LocalShapeTarget(LabelTarget):
     "Ten local shape descriptors (six within sections), see `local_shape`; learned beside affinities."
-    no_inverse = "objects of the same shape side by side look alike"
+    graded, no_inverse = True, "objects of the same shape side by side look alike"
 
     def __init__(self, voxel_size=None, sigma=80, sections=False, unknown=-1):
         self.params = dict(voxel_size=check_voxel_size(voxel_size), sigma=sigma, sections=sections, unknown=unknown)
@@ -272,6 +278,9 @@ class TargetOfTarget(LabelTarget):
     @property
     def bearings(self): return self.target.bearings
 
+    @property
+    def kinds(self): return self.target.kinds
+
     def _labels(self, labels): return signed_labels(labels, self.unknown)
 
 # %% ../nbs/06_targets.ipynb #a1930f83
@@ -302,6 +311,9 @@ class QuantizedTarget(TargetOfTarget):
 
     @property
     def bearings(self): return ((),) * len(self.channels) if not any(self.target.bearings) else None
+
+    @property
+    def kinds(self): return ("nearest",) * len(self.channels)
 
     def __call__(self, labels):
         inner = self.target(self._labels(labels))
@@ -373,6 +385,9 @@ class HeadsTarget(LabelTarget):
 
     @property
     def parts(self): return {name: (self.slices[name], target.bearings) for name, target in self.heads.items()}
+
+    @property
+    def kinds(self): return tuple(kind for target in self.heads.values() for kind in target.kinds)
 
     def split(self, prediction): return {name: prediction[channels] for name, channels in self.slices.items()}
 

@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from .config import Config
 from .core import PytcError, Registry, atomic_path, claim, cpu_budget, limit_threads, log, write_json
 from .datasets import ConnectomicsDataModule
+from .deep_supervision import DeepSupervisionHandler
 from .losses import build_loss
 from .machine import computes_in_bf16, peak_memory, record_step, reset_peak_memory
 from .models import build_model, channels_last, head_slices, with_network_size
@@ -56,7 +57,8 @@ class ConnectomicsModule(LightningModule):
         self.target = build_target(cfg.data.target.name, **cfg.data.target.params)
         heads = head_slices(self.target, cfg.data.target.name)
         self.model = channels_last(model or build_model(cfg, len(self.target.channels), heads))
-        self.loss = build_loss(cfg.model, heads)
+        scales = getattr(self.model, "output_scales", ((1, 1, 1),))
+        self.loss = DeepSupervisionHandler(build_loss(cfg.model, heads), scales, self.target.kinds, cfg.model.scale_weights, cfg.model.scale_clamp)
 
     def forward(self, image): return self.model(image.contiguous(memory_format=torch.channels_last_3d))
 
@@ -78,9 +80,14 @@ class ConnectomicsModule(LightningModule):
 
     def test_step(self, batch, _): return self._step(batch, "test")
 
+    def predict_step(self, batch, _): return torch.sigmoid(self(batch["image"]).float())
+
     def configure_optimizers(self):
         optimizer, scheduler = self.cfg.optimizer, self.cfg.scheduler
-        made = optimizers[optimizer.name](self.parameters(), lr=optimizer.lr, weight_decay=optimizer.weight_decay)
+        # The balance of the heads is found, not held small.
+        balance = list(self.loss.loss.parameters())
+        groups = [{"params": self.model.parameters()}, *([{"params": balance, "weight_decay": 0.0}] if balance else [])]
+        made = optimizers[optimizer.name](groups, lr=optimizer.lr, weight_decay=optimizer.weight_decay)
         total = int(self.trainer.estimated_stepping_batches)
         warmup = int(scheduler.warmup_epochs * self.cfg.data.iterations_per_epoch)
         rate = lambda step: rate_at(step, total, warmup, scheduler.name, scheduler.min_lr / optimizer.lr)
