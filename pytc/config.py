@@ -132,6 +132,7 @@ class Optimizer:
     name: str = "AdamW"
     lr: float = 1e-3
     weight_decay: float = 1e-2
+    groups: dict[str, Any] = field(default_factory=dict) # a pattern of names: {lr: …, weight_decay: …} of those weights
 
 
 @dataclass
@@ -139,6 +140,7 @@ class Scheduler:
     name: str = "CosineAnnealingLR"
     warmup_epochs: float = 0.5
     min_lr: float = 0.0
+    params: dict[str, Any] = field(default_factory=dict) # of the schedule, e.g. {power: 0.9} of PolynomialLR
 
 
 @dataclass
@@ -147,6 +149,7 @@ class Training:
     precision: str = "auto" # bf16-mixed where the hardware computes in it, else 32
     gradient_clip_val: float = 1.0
     accumulate_grad_batches: int = 1
+    ema: Optional[float] = None # validate and predict with the average of the weights of this decay, e.g. 0.999
 
 
 @dataclass
