@@ -6,7 +6,7 @@
 __all__ = ['PRECISIONS', 'ROWS', 'network_answer', 'network_hash', 'shares', 'Growing', 'InferenceManager', 'predict']
 
 # %% ../nbs/12_inference.ipynb #49e547fb
-import contextlib, copy, hashlib, json, math
+import contextlib, copy, hashlib, json, math, os, sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -294,6 +294,11 @@ def _on_devices(growing, run, devices: int):
     from lightning.pytorch.utilities import rank_zero_only
     from torch.utils.data import DataLoader
     import torch
+    from pytc.training import quiet_lightning
+    # Lightning starts the other processes by the same command, which a notebook or `python -c` does not have.
+    if "LOCAL_RANK" not in os.environ and "SLURM_PROCID" not in os.environ and ("ipykernel" in sys.modules or not Path(sys.argv[0]).is_file()):
+        raise PytcError(f"{devices} devices were asked for; start it as `pytc predict … --devices {devices}` or from a script, not from a notebook or with python -c")
+    quiet_lightning()
 
     class Shares(LightningModule):
         def predict_dataloader(self):

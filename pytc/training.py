@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ConnectomicsModule', 'read_checkpoint', 'load_module', 'load_weights', 'AtomicCheckpoints', 'EpochHistory',
-           'create_trainer', 'fit']
+           'quiet_lightning', 'create_trainer', 'fit']
 
 # %% ../nbs/11_training.ipynb #19a7673d
 import io, logging, shutil, time, warnings
@@ -154,9 +154,9 @@ class EpochHistory(Callback):
         print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {shown}  {spent['seconds']:.0f} s, about {left:.0f} s left", flush=True)
 
 # %% ../nbs/11_training.ipynb #92f2d71b
-def _quiet_lightning():
+def quiet_lightning():
     "Drop advertisements and warnings about choices that pytc makes on purpose; real warnings stay."
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"): logging.getLogger(name).setLevel(logging.WARNING)
     for message in (".*does not have many workers.*", ".*LeafSpec.*", ".*exists and is not empty.*", ".*You're resuming from a checkpoint.*"):
         warnings.filterwarnings("ignore", message)
 
@@ -168,7 +168,7 @@ def create_trainer(
 ) -> Trainer:
     "A Lightning trainer as the config describes it; keeps the best checkpoints by `checkpoint.monitor`, and the last."
     stop, gpus, run_dir = cfg.early_stopping, cfg.system.num_gpus, Path(run_dir)
-    _quiet_lightning()
+    quiet_lightning()
     usable = torch.cuda.device_count() if gpus < 0 else min(gpus, torch.cuda.device_count())
     cores = cpu_budget() if cfg.system.num_cpus < 0 else cfg.system.num_cpus
     threads = limit_threads(cores if usable else max(1, cores - cfg.data.num_workers))
