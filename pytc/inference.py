@@ -18,7 +18,7 @@ from .ensembles import MAPS, thinned, together
 from .patches import read_image
 from .sampling import Resampled, resampled, sample, voxels_in
 from .stores import small_cache
-from .views import SAME, seen_from, views_of
+from .views import seen_from, views_of
 from .volumes import Readable, Volume, create_volume, finished, open_volume
 from .windows import GROUP, blends, run_windows
 
@@ -245,6 +245,7 @@ class InferenceManager:
             run_windows(read, answer, take, image.shape[-3:], options["roi"], self.channels * (1 + len(options["maps"])), options["overlap"], options["blend"], options["batch_size"], options["halo"],
                         ((start[0] + first, *start[1:]), (start[0] + last, *stop[1:])), wanted)
         shape = (self.channels, *(b - a for a, b in zip(start, stop)))
+        if out is None and devices > 1: raise PytcError(f"{devices} devices write one Zarr array together; say where to with out")
         if out is None: return _in_memory(shape, options, run)
         offset = [o + a * v for o, a, v in zip(image.offset, start, image.voxel_size)]
         growing = Growing(out, shape, options["dtype"], image.voxel_size, offset, known, options["maps"])

@@ -6,7 +6,7 @@
 __all__ = ['blends', 'GROUP', 'window_starts', 'blend_weights', 'run_windows']
 
 # %% ../nbs/11a_windows.ipynb #61f478c9
-import itertools, math
+import itertools
 
 import numpy as np
 
@@ -53,6 +53,15 @@ def _move_up(array, planes: int):
     for channel in array: channel[:kept], channel[kept:] = channel[planes:], 0
 
 
+def _asked(answer, slab, places, batch_size: int):
+    "`(place, values, valid or None)` of each window, asked in batches of one size."
+    for first in range(0, len(places), batch_size):
+        some = places[first:first + batch_size]
+        found = answer(np.stack([slab[place] for place in some + some[-1:] * (batch_size - len(some))]))
+        found, valid = found if isinstance(found, tuple) else (found, [None] * len(some))
+        yield from zip(some, found, valid)
+
+
 def run_windows(
     read,            # (start, stop) -> raw (..., d, h, w) of those voxels, which may leave the volume
     answer,          # (B, ..., D, H, W) -> (B, C, D, H, W) float32, or that and where it is valid
@@ -73,19 +82,15 @@ def run_windows(
     weights = blend_weights(window, blend, halo)
     total, seen = (np.zeros((n, window[0], *sides), np.float32) for n in (channels, 1))
     layers = list(_places(rows, window, corner, wanted))
-    ticks = iter(progress(range(sum(math.ceil(len(places) / batch_size) for _, places in layers)), "predicting"))
+    ticks = iter(progress(range(sum(len(places) for _, places in layers)), "predicting"))
     for (z, places), following in zip(layers, [*rows[0][1:], rows[0][-1] + window[0]]):
         slab = read((z, *corner), (z + window[0], *(c + n for c, n in zip(corner, sides)))) if places else None
-        for first in range(0, len(places), batch_size):
-            some = places[first:first + batch_size]
-            found = answer(np.stack([slab[place] for place in some + some[-1:] * (batch_size - len(some))]))
-            found, valid = found if isinstance(found, tuple) else (found, None)
+        for place, values, valid in _asked(answer, slab, places, batch_size):
             # Where every channel is known at the same voxels, their weights are summed once for all.
             if valid is not None and len(seen) < channels: seen = np.repeat(seen, channels, 0)
-            for k, place in enumerate(some):
-                mine = weights if valid is None else weights * valid[k]
-                total[(slice(None), *place)] += found[k] * mine
-                seen[(slice(None), *place)] += mine
+            mine = weights if valid is None else weights * valid
+            total[(slice(None), *place)] += values * mine
+            seen[(slice(None), *place)] += mine
             next(ticks)
         slab = None # or it would still be there while the next one is read
         # Planes above the next window are finished; the rest moves up to make room.
