@@ -9,8 +9,9 @@ HEAVY = {"torch", "monai", "lightning", "cellmap_data"}  # seconds each, so they
 VERBS = "train predict decode evaluate report info convert doctor download demo".split()
 FIB25 = {"voi_sum": 1.6, "adapted_rand_error": 0.25}  # a run on real tissue must score below these
 
-# Nothing of the caller's shell may change what is tested: its git, its PYTHONPATH, nbdev's own switch.
-ENV = {k: v for k, v in os.environ.items() if not re.match("GIT_|IN_TEST$|PYTHON(PATH|HOME|SAFEPATH)$", k)}
+# Nothing of the caller's shell may change what is tested: its git, its PYTHONPATH, nbdev's own switch. Without
+# bytecode every process would compile torch and monai again, which takes longer than most notebooks.
+ENV = {k: v for k, v in os.environ.items() if not re.match("GIT_|IN_TEST$|PYTHON(PATH|HOME|SAFEPATH|DONTWRITEBYTECODE)$", k)}
 ENV["PATH"] = f"{BIN}{os.pathsep}{os.environ['PATH']}"
 
 class Failed(Exception): "What is wrong, and what to do."
