@@ -21,6 +21,8 @@ class System:
     seed: int = 0
     num_gpus: int = -1 # -1: all there are
     num_cpus: int = -1 # -1: all this process may use
+    num_nodes: int = 1 # machines that train together, in a job of Slurm
+    num_processes: Optional[int] = None # on each of them; default: one for each GPU
 
 
 @dataclass
@@ -149,6 +151,11 @@ class Training:
     precision: str = "auto" # bf16-mixed where the hardware computes in it, else 32
     gradient_clip_val: float = 1.0
     accumulate_grad_batches: int = 1
+    loss_scaling: dict[str, Any] = field(default_factory=dict) # under 16-mixed: init_scale, growth_factor, backoff_factor, growth_interval of torch.amp.GradScaler
+    strategy: str = "ddp" # how several processes train: or fsdp, where each holds a part of the weights (GPUs)
+    gradient_checkpointing: bool = False # less memory, about a third more time
+    compile: bool = False # worth it for long trainings
+    channels_last: bool = True # how convolutions are fast
     ema: Optional[float] = None # validate and predict with the average of the weights of this decay, e.g. 0.999
 
 
@@ -170,6 +177,10 @@ class EarlyStopping:
 @dataclass
 class Logging:
     every_n_steps: int = 10
+    pictures: int = 1 # every so many epochs, of raw, target and prediction; 0: none
+    statistics: bool = False # of weights, gradients and answers of each layer, every epoch
+    csv: bool = False # metrics.csv beside the TensorBoard logs
+    wandb: Optional[str] = None # a project of Weights & Biases
 
 # %% ../nbs/01_config.ipynb #6e3f8f4e
 @dataclass
@@ -307,6 +318,8 @@ def _checked(config, path):
         (all(len(s) == 3 and min(s) > 0 for s in sizes), "data.patch_size and inference.roi need three positive numbers (z, y, x)"),
         (data.batch_size > 0 and data.iterations_per_epoch > 0 and config.training.max_epochs > 0, "batch_size, iterations_per_epoch and max_epochs must be positive"),
         (len(model.loss_functions) == len(model.loss_weights), "model.loss_functions and model.loss_weights need the same length"),
+        (config.training.strategy in ("ddp", "fsdp"), f"training.strategy is {config.training.strategy!r}; choose ddp or fsdp"),
+        (config.system.num_nodes > 0 and (config.system.num_processes or 1) > 0, "system.num_nodes and system.num_processes count from 1"),
         (model.balance in ("fixed", "uncertainty"), f"model.balance is {model.balance!r}; choose fixed or uncertainty"),
         (0 <= data.min_known <= 1 and 0 <= data.min_foreground <= 1 and data.min_objects >= 0, "data.min_known and data.min_foreground are fractions from 0 to 1, data.min_objects a number from 0"),
         (data.cache in CACHES, f"data.cache is {data.cache!r}; choose {', '.join(CACHES)}"),

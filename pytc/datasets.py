@@ -61,7 +61,8 @@ class EpochSampler(DistributedSampler):
 
     def _fixed(self):
         rank, world = rank_and_world()
-        return rank, self.length, world
+        # A process without any would leave the others waiting for its loss.
+        return (rank, self.length, world) if self.length >= world else (0, self.length, 1)
 
 # %% ../nbs/08e_datasets.ipynb #63a826b5
 def sources_of(data) -> list:

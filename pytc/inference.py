@@ -26,38 +26,23 @@ from .windows import GROUP, blends, run_windows
 PRECISIONS = {"32-true": None, "bf16-mixed": "bfloat16", "16-mixed": "float16"}
 
 
-def _compiled(forward, on_gpu: bool):
-    "`forward`, compiled at its first batch; if that fails, as it is."
-    import torch
-    chosen = torch.compile(forward, mode="reduce-overhead" if on_gpu else "default")
-
-    def call(image):
-        nonlocal chosen
-        try: return chosen(image)
-        except Exception as error:
-            if chosen is forward: raise
-            log.warning(f"the network cannot be compiled and is used as it is: {type(error).__name__}: {str(error).strip().splitlines()[0]}")
-            chosen = forward
-            return forward(image)
-    return call
-
-
-def network_answer(module, precision: str = "auto", compiled: bool = False, draw: int = None):
+def network_answer(module, precision: str = "auto", compile: bool = False, draw: int = None):
     "`(B, C, D, H, W)` normalised raw -> probabilities in float32, by a module as `pytc.training.load_module` gives it; `draw` thins it by its dropout."
     import torch
-    from pytc.machine import computes_in_bf16
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if precision == "auto": precision = "bf16-mixed" if computes_in_bf16() else "32-true"
-    kind = PRECISIONS[precision] and getattr(torch, PRECISIONS[precision])
+    from pytc.execution import compiled
+    from pytc.machine import precision_of
+    device, kind = "cuda" if torch.cuda.is_available() else "cpu", PRECISIONS[precision_of(precision)]
+    kind = kind and getattr(torch, kind)
     module = module.to(device).eval()
     forward = module if draw is None else thinned(module, draw)
-    if compiled: forward = _compiled(forward, device == "cuda")
+    if compile: forward = compiled(forward, "reduce-overhead" if device == "cuda" else "default")
+    probabilities = getattr(module, "probabilities", torch.sigmoid)
 
     def answer(values):
         image = torch.from_numpy(values).to(device)
         with torch.inference_mode(), torch.autocast(device, kind, enabled=kind is not None): logits = forward(image).float()
         if not torch.isfinite(logits).all(): raise PytcError("the network answered with NaN or infinite values; train with a smaller learning rate or training.precision=32-true")
-        return torch.sigmoid(logits).cpu().numpy()
+        return probabilities(logits).cpu().numpy()
     return answer
 
 # %% ../nbs/12_inference.ipynb #6fc628f9

@@ -9,6 +9,7 @@ __all__ = ['losses', 'per_channel', 'mean_of_known', 'masked_mean', 'only_known'
 
 # %% ../nbs/10_masked_losses.ipynb #c4c318b6
 import torch
+from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional as F
 
 from .core import PytcError, Registry
@@ -18,8 +19,9 @@ losses = Registry("loss")
 
 
 def per_channel(tensor):
-    "The sum over batch and voxels of (B, C, …), one number per channel."
-    return tensor.float().sum((0, *range(2, tensor.ndim)))
+    "The sum over batch and voxels of (B, C, …), one number per channel; over the batches of all processes that train together."
+    total = tensor.float().sum((0, *range(2, tensor.ndim)))
+    return all_reduce(total) if torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized() else total
 
 
 def mean_of_known(per_channel, known):
