@@ -23,7 +23,7 @@ setup(
     # The job notebooks and their configs travel in the wheel as pytc/tutorials.
     packages=[*find_packages(include=["pytc", "pytc.*"]), "pytc.tutorials"],
     package_dir={"pytc.tutorials": "tutorials"},
-    package_data={"pytc.tutorials": ["*.ipynb", "*.yaml", "*.h5", "*.npz", "*.md", "tiles/*"]},
+    package_data={"pytc.tutorials": ["*.ipynb", "*.yaml", "*.h5", "*.npz", "*.md", "*.ckpt", "tiles/*"]},
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split()},
     entry_points={"console_scripts": cfg["console_scripts"].split()},

@@ -14,6 +14,7 @@ from typing import Annotated, Optional
 import typer
 
 from .core import PytcError, limit_threads, log, parse_voxels, start_logging, write_json
+from .released import decoder_of, find_checkpoint
 
 # %% ../nbs/22_cli.ipynb #b8c9c55e
 app = typer.Typer(help="From a volume of electron microscopy to segmented, scored neurons.", no_args_is_help=True,
@@ -41,8 +42,8 @@ def _sizes(text, option="--voxel-size"):
 
 
 def _new_run(config) -> Path:
-    "A run folder named after the config and the time."
-    return Path("runs") / f"{Path(config).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    "A run folder named after the config and the time; in a job of Slurm after the job, which keeps its number when it is put back into the queue."
+    return Path("runs") / f"{Path(config).stem}-{os.environ.get('SLURM_JOB_ID') or time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def _values(pairs) -> dict:
@@ -58,34 +59,29 @@ def train(
     config: Annotated[str, typer.Argument(help="A YAML file, e.g. tutorials/fib25.yaml.")],
     overrides: Overrides = None,
     run_dir: Annotated[Optional[Path], typer.Option(help="The folder for everything; default: runs/NAME-TIME. That of a stopped run: go on.")] = None,
-    checkpoint: Annotated[Optional[Path], typer.Option(help="Start from the weights of this checkpoint.")] = None,
+    init: Annotated[Optional[str], typer.Option(help="Begin with the weights of this run, checkpoint or released network that fit.")] = None,
+    checkpoint: Annotated[Optional[str], typer.Option(help="Go on from the whole state of this run or checkpoint.")] = None,
+    reset: Annotated[Optional[list[str]], typer.Option(help="optimizer, scheduler or epoch: of that state, what begins anew; may be repeated.")] = None,
     fast_dev_run: Annotated[bool, typer.Option("--fast-dev-run", help="One batch, to see that everything fits.")] = False,
 ):
     "Train, calibrate the threshold, segment and score: one run folder."
     from pytc import jobs
     run = run_dir or _new_run(config)
-    jobs.train(config, run, overrides or (), checkpoint, fast_dev_run)
+    jobs.train(config, run, overrides or (), checkpoint, fast_dev_run, init, reset or ())
     for name in ("checkpoint.ckpt", "prediction.zarr", "segmentation.zarr", "scores.json", "report.html", "pictures", "train.ipynb", "evaluate.ipynb"):
         if (run / name).exists(): print(f"wrote {run / name}")
 
 # %% ../nbs/22_cli.ipynb #78056574
-def _checkpoint_of(run: Path):
-    "`(checkpoint, attributes)` of a run folder or of a checkpoint inside one."
-    folder, checkpoint = (run, run / "checkpoint.ckpt") if run.is_dir() else (run.parent, run)
-    calibration = folder / "calibration.json"
-    return checkpoint, {"decoder": json.loads(calibration.read_text())["decoder"]} if calibration.exists() else {}
-
-
 @app.command()
 def predict(
-    run: Annotated[Path, typer.Argument(help="A run folder or a checkpoint.")],
+    run: Annotated[str, typer.Argument(help="A run folder, a checkpoint, or a released network: fib25-affinity.")],
     volume: Annotated[str, typer.Argument(help="file.zarr/raw or file.h5:/raw")],
     out: Annotated[Path, typer.Argument(help="The Zarr array to create.")],
     settings: Annotated[Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="Of the config's section inference, e.g. overlap=0.5 views=mirrored.")] = None,
     box: Box_ = None,
     voxel_size: VoxelSize = None,
     mask: Annotated[Optional[str], typer.Option(help="A volume that is 0 where nothing is wanted.")] = None,
-    also: Annotated[Optional[list[Path]], typer.Option("--also", help="Another run that is asked, too; may be repeated.")] = None,
+    also: Annotated[Optional[list[str]], typer.Option("--also", help="Another run that is asked, too; may be repeated.")] = None,
     soup: Annotated[bool, typer.Option("--soup", help="Average the weights of these runs, not their answers.")] = False,
     devices: Annotated[int, typer.Option(min=1, help="Processes, each with its GPU where there are any.")] = 1,
 ):
@@ -93,14 +89,14 @@ def predict(
     from pytc.volumes import open_volume
     source, there = open_volume(volume, _sizes(voxel_size)), out.exists()
     region = source.box_of(*parse_voxels(box, source.shape[-3:])) if box else None
-    checkpoint, attributes = _checkpoint_of(run)
-    checkpoints = [checkpoint, *(_checkpoint_of(other)[0] for other in also or [])]
+    checkpoints = [find_checkpoint(one) for one in (run, *(also or []))]
     from pytc import ensembles, inference
     from pytc.training import load_module
+    decoder = decoder_of(checkpoints[0])
     modules = [load_module(file) for file in checkpoints]
     if soup: modules = [ensembles.soup(modules)]
-    names = {"checkpoint": ", ".join(map(str, checkpoints))}
-    made = inference.predict(modules, source, out, region, mask, {**attributes, **names}, devices, **_values(settings))
+    attributes = {**({"decoder": decoder} if decoder else {}), "checkpoint": ", ".join(map(str, checkpoints))}
+    made = inference.predict(modules, source, out, region, mask, attributes, devices, **_values(settings))
     # Of several processes, one speaks.
     if int(os.environ.get("LOCAL_RANK", 0)) == 0: print(f"{'complete already' if there else 'wrote'}: {out}, {made}")
 

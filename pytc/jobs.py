@@ -14,8 +14,9 @@ import numpy as np
 
 import pytc
 from .core import PytcError, check_same, checksum, limit_threads, named_disk_errors, one_of, readable_bytes, refuse_existing, write_json
-from .machine import memory_budget
+from .machine import memory_budget, requeue_on_signal
 from .metrics import evaluate_instance
+from .released import find_checkpoint
 from .samples import shipped
 
 # %% ../nbs/21_jobs.ipynb #67e5fbe2
@@ -149,8 +150,10 @@ def train(
     config,              # a YAML file
     run_dir,             # a new folder, or that of the same run, to go on
     overrides=(),        # e.g. `["training.max_epochs=3"]`
-    checkpoint=None,     # start from its weights
+    checkpoint=None,     # go on from its whole state
     fast_dev_run=False,  # one batch, to see that everything fits together
+    init=None,           # begin with the weights of this checkpoint that fit
+    reset=(),            # of the state in `checkpoint`, what begins anew: optimizer, scheduler, epoch
 ) -> Path:
     "Train, evaluate if the config has a validation part, and report; returns the run folder."
     from pytc.config import load_config
@@ -159,13 +162,14 @@ def train(
     cfg, run_dir = load_config(config, overrides), Path(run_dir)
     inputs = _inputs(cfg, config)
     cfg = with_split(cfg)
-    if checkpoint and not Path(checkpoint).is_file(): raise PytcError(f"{checkpoint} does not exist; give a checkpoint, e.g. RUN/checkpoint.ckpt")
-    start = checkpoint and str(Path(checkpoint).resolve())
-    _begin(cfg, run_dir, {**provenance(inputs), "initial_checkpoint": checkpoint and checksum(checkpoint)})
+    begin = {name: str(find_checkpoint(given).resolve()) for name, given in (("init", init), ("checkpoint", checkpoint)) if given}
+    for part in reset: one_of(part, ("optimizer", "scheduler", "epoch"), "--reset")
+    requeue_on_signal()
+    _begin(cfg, run_dir, {**provenance(inputs), "initial_checkpoint": {name: checksum(path) for name, path in begin.items()} | ({"reset": list(reset)} if reset else {}) or None})
     print(f"run folder {run_dir}; should this be stopped, the same command with --run-dir {run_dir} goes on", flush=True)
     limit_threads(cfg.system.num_cpus if cfg.system.num_cpus > 0 else None)
     if fast_dev_run or not (run_dir / "checkpoint.ckpt").exists():
-        run_notebook("train", run_dir, {"run_dir": str(run_dir.resolve()), "checkpoint": start, "fast_dev_run": fast_dev_run})
+        run_notebook("train", run_dir, {"run_dir": str(run_dir.resolve()), "fast_dev_run": fast_dev_run, "reset": list(reset), **begin})
     if fast_dev_run: return run_dir
     try:
         if cfg.data.val_box or cfg.data.val_image: run_notebook("evaluate", run_dir, {"run_dir": str(run_dir.resolve())})
