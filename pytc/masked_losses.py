@@ -9,7 +9,6 @@ __all__ = ['losses', 'per_channel', 'mean_of_known', 'masked_mean', 'only_known'
 
 # %% ../nbs/10_masked_losses.ipynb #c4c318b6
 import torch
-from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional as F
 
 from .core import PytcError, Registry
@@ -18,10 +17,22 @@ from .core import PytcError, Registry
 losses = Registry("loss")
 
 
+class _OverProcesses(torch.autograd.Function):
+    "The sum of a tensor over all processes that train together; and so of its gradient."
+
+    @staticmethod
+    def forward(ctx, tensor):
+        torch.distributed.all_reduce(total := tensor.clone())
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient): return _OverProcesses.forward(ctx, gradient)
+
+
 def per_channel(tensor):
     "The sum over batch and voxels of (B, C, …), one number per channel; over the batches of all processes that train together."
     total = tensor.float().sum((0, *range(2, tensor.ndim)))
-    return all_reduce(total) if torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized() else total
+    return _OverProcesses.apply(total) if torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized() else total
 
 
 def mean_of_known(per_channel, known):
