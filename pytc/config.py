@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CACHES', 'MIXINGS', 'MOVED', 'System', 'Target', 'Head', 'Model', 'DataSource', 'Split', 'Augmentation', 'Data',
            'Optimizer', 'Scheduler', 'Training', 'Checkpoint', 'EarlyStopping', 'Logging', 'Inference', 'Decoding',
-           'Evaluation', 'Config', 'load_config', 'save_config', 'print_config']
+           'Evaluation', 'Config', 'load_config', 'given_keys', 'save_config', 'print_config']
 
 # %% ../nbs/01_config.ipynb #944743a0
 import re
@@ -23,6 +23,7 @@ class System:
     num_cpus: int = -1 # -1: all this process may use
     num_nodes: int = 1 # machines that train together, in a job of Slurm
     num_processes: Optional[int] = None # on each of them; default: one for each GPU
+    auto: bool = False # fill what is not set from data and hardware
 
 
 @dataclass
@@ -239,6 +240,14 @@ MOVED = {
     "data.real_path": "data.train_image and data.train_label",
     "data.use_cache": "data.cache=memory for true, nothing for false",
     "data.persistent_workers": "nothing: workers persist wherever data.num_workers is above 0",
+    "auto_config": "system.auto",
+    "data.auto_batch_size": "system.auto",
+    "data.augmentation.use_slice_augments": "data.augmentation.transforms=[drop_slice, shift_slice]",
+    "data.augmentation.drop_slice_prob": "data.augmentation.transforms=[{drop_slice: {drop_prob: …}}]",
+    "data.augmentation.shift_slice_prob": "data.augmentation.transforms=[{shift_slice: {shift_prob: …}}]",
+    "inference.use_numba_cc": "nothing: components are always compiled",
+    "inference.affinity_threshold": "evaluation.thresholds=[…], of which the best is taken",
+    "validation": "the section evaluation; its threshold_range is evaluation.thresholds",
     "data.pin_memory": "nothing: memory is pinned wherever there is a GPU",
 }
 
@@ -276,23 +285,21 @@ def _nested(override: str):
 
 
 def _compose(path: Path, overrides):
-    "Schema, then the YAML at `path` with its defaults, then overrides; the user's keys are checked on the way."
+    "`(config, what the user gave of it)`: schema, then the YAML at `path` with its defaults, then overrides; the user's keys are checked on the way."
     from hydra import compose, initialize_config_dir
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
     store = ConfigStore.instance()
     store.store(name="pytc_schema", node=Config)
     store.store(name="pytc_main", node={"defaults": ["pytc_schema", path.stem, "_self_"]})
+    overrides = [f"++{o.lstrip('+')}" for o in overrides]
     with initialize_config_dir(str(path.parent.resolve()), version_base="1.3"):
         _check_keys(OmegaConf.to_container(compose(path.stem), resolve=False))
-        return compose("pytc_main", [f"++{o.lstrip('+')}" for o in overrides])
+        return compose("pytc_main", overrides), compose(path.stem, overrides)
 
 
-def load_config(
-    path,         # a YAML file
-    overrides=(), # e.g. `["data.batch_size=4"]`, in Hydra's grammar
-):
-    "The complete, checked config (an OmegaConf `DictConfig` of type `Config`) of an experiment."
+def _load(path, overrides):
+    "As `_compose`, with every error as a line of this software."
     import yaml
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
@@ -301,12 +308,33 @@ def load_config(
     if not path.is_file() or path.suffix != ".yaml": raise PytcError(f"{path} is not a config; give an existing .yaml file")
     try:
         for override in overrides: _check_keys(_nested(override))
-        config = _compose(path, overrides)
+        config, given = _compose(path, overrides)
         OmegaConf.resolve(config)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         missing = re.search(r"Environment variable '(\w+)' not found", str(error))
         raise PytcError(f"{path}: " + (f"the environment variable {missing[1]} is not set; export {missing[1]}=… and try again" if missing else _one_line(error))) from error
-    return _checked(config, path)
+    return config, given
+
+
+def load_config(
+    path,         # a YAML file
+    overrides=(), # e.g. `["data.batch_size=4"]`, in Hydra's grammar
+):
+    "The complete, checked config (an OmegaConf `DictConfig` of type `Config`) of an experiment."
+    return _checked(_load(path, overrides)[0], path)
+
+
+def given_keys(path, overrides=()) -> list:
+    "The dotted keys that the YAML at `path`, its defaults and the overrides set; what a choice of the software leaves alone."
+    from omegaconf import OmegaConf
+
+    def keys(part, schema, name=""):
+        types = {f.name: f.type for f in fields(schema)}
+        for key, value in part.items():
+            if is_dataclass(types[key]): yield from keys(value, types[key], f"{name}{key}.")
+            else: yield name + key
+    return list(keys(OmegaConf.to_container(_load(path, overrides)[1], resolve=False), Config))
+
 
 # %% ../nbs/01_config.ipynb #249dc4a3
 def _checked(config, path):

@@ -128,12 +128,15 @@ def _inputs(cfg, config) -> list:
     return paths
 
 
+def _has_trained(run_dir) -> bool: return any((run_dir / name).exists() for name in ("checkpoint.ckpt", "checkpoints/last.ckpt"))
+
+
 def _begin(cfg, run_dir, origin: dict):
     "Write config and provenance of a new run; of one that has trained, make sure that it is the same and note that it goes on."
     from omegaconf import OmegaConf
     from pytc.config import load_config, save_config
     file = run_dir / "provenance.json"
-    if not any((run_dir / name).exists() for name in ("checkpoint.ckpt", "checkpoints/last.ckpt")):
+    if not _has_trained(run_dir):
         # What was refused or killed before its first epoch ended may be tried again in the same folder, also with another config.
         foreign = run_dir.exists() and [p for p in run_dir.iterdir() if p.name[0] != "." and p.suffix != ".partial"]
         if foreign and not (run_dir / "config.yaml").exists(): refuse_existing(run_dir)
@@ -146,6 +149,18 @@ def _begin(cfg, run_dir, origin: dict):
     write_json(file, {**before, "restarts": [*before.get("restarts", []), {key: origin[key] for key in ("pytc", "commit", "command")}]})
 
 
+def _planned(cfg, given, run_dir):
+    "The config with what was not given chosen from data and hardware; for a run that goes on, as it was chosen then."
+    from omegaconf import OmegaConf
+    from pytc.config import load_config
+    from pytc.fingerprint import fingerprint_of
+    from pytc.planning import auto_configure_training
+    if not _has_trained(run_dir): return auto_configure_training(cfg, given, fingerprint_of(cfg))
+    before = load_config(run_dir / "config.yaml")
+    for key in given: OmegaConf.update(before, key, OmegaConf.select(cfg, key), force_add=True)
+    return before
+
+
 def train(
     config,              # a YAML file
     run_dir,             # a new folder, or that of the same run, to go on
@@ -156,12 +171,13 @@ def train(
     reset=(),            # of the state in `checkpoint`, what begins anew: optimizer, scheduler, epoch
 ) -> Path:
     "Train, evaluate if the config has a validation part, and report; returns the run folder."
-    from pytc.config import load_config
+    from pytc.config import given_keys, load_config
     from pytc.reports import report
     from pytc.splits import with_split
     cfg, run_dir = load_config(config, overrides), Path(run_dir)
     inputs = _inputs(cfg, config)
     cfg = with_split(cfg)
+    if cfg.system.auto: cfg = _planned(cfg, given_keys(config, overrides), run_dir)
     begin = {name: str(find_checkpoint(given).resolve()) for name, given in (("init", init), ("checkpoint", checkpoint)) if given}
     for part in reset: one_of(part, ("optimizer", "scheduler", "epoch"), "--reset")
     requeue_on_signal()
