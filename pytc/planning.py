@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from .config import Config
 from .core import PytcError, readable_bytes
 from .deep_supervision import DeepSupervisionHandler
+from .execution import checkpointed
 from .fingerprint import Fingerprint, fingerprint_of
 from .footprints import kept_bytes
 from .losses import build_loss
@@ -59,6 +60,7 @@ class Step(torch.nn.Module):
         chosen = cfg.data.target
         target = build_target(chosen.name, **with_voxel_size(targets, chosen.name, OmegaConf.to_container(chosen.params), list(voxel_size)))
         heads = head_slices(target, chosen.name)
+        self.recomputed = cfg.training.gradient_checkpointing
         self.channels, self.network = len(target.channels), build_model(with_network_size(cfg, voxel_size), len(target.channels), heads)
         self.loss = DeepSupervisionHandler(build_loss(cfg.model, heads), self.network.output_scales, target.kinds, cfg.model.scale_weights, cfg.model.scale_clamp)
 
@@ -66,11 +68,16 @@ class Step(torch.nn.Module):
         truth = torch.zeros(len(image), self.channels, *image.shape[2:], device=image.device, dtype=torch.uint8)
         return self.loss(self.network(image), truth, torch.ones_like(truth))[0]
 
+    def on(self, device: str):
+        "A copy on a device, its layers recomputed if the config says so."
+        copied = copy.deepcopy(self).to(device)
+        if self.recomputed: checkpointed(copied.network)
+        return copied
+
 
 def kept_in_step(step: Step, patch, batch: int) -> int:
     "Bytes that a step on `batch` patches keeps in full precision, worked out on the device without numbers."
-    abstract = copy.deepcopy(step).to("meta").train()
-    return kept_bytes(abstract, torch.empty(batch, step.network.in_channels, *patch, device="meta"))
+    return kept_bytes(step.on("meta").train(), torch.empty(batch, step.network.in_channels, *patch, device="meta"))
 
 
 def forth_and_back(step, patch, batch, device, precision):
@@ -113,7 +120,7 @@ class MemoryUse:
     def measured(cls, cfg, voxel_size, hardware: Hardware):
         "Of the network, target and loss of a config, on the hardware."
         device, step = "cuda" if hardware.gpus else "cpu", Step(cfg, voxel_size)
-        moved, smallest = copy.deepcopy(step).to(device), step.network.smallest_patch
+        moved, smallest = step.on(device), step.network.smallest_patch
         patch = smallest if any(step.network.size_only) else _grown(smallest, MEASURED)
         peak = _peak_bytes(device, lambda: forth_and_back(moved, patch, 2, device, hardware.precision))
         return cls(step, peak / kept_in_step(step, patch, 2))
