@@ -8,7 +8,7 @@ __all__ = ['MEASURED', 'JUMP', 'TOUCHING', 'DENSE', 'RARE', 'SIDES', 'LARGEST_BA
            'affinity_offsets', 'plan_target', 'plan_network', 'patch_candidates', 'plan_patch',
            'auto_configure_training', 'choose_all', 'as_yaml', 'plan_data']
 
-# %% ../nbs/10f_planning.ipynb #721db37d
+# %% ../nbs/10f_planning.ipynb #e1f1c1fc
 import copy, math, os
 from dataclasses import dataclass
 
@@ -30,7 +30,7 @@ from .targets import build_target, targets, with_voxel_size
 from .unets import plan_scales, whole_pooling
 from .volumes import open_volume
 
-# %% ../nbs/10f_planning.ipynb #511cf201
+# %% ../nbs/10f_planning.ipynb #72a11fe8
 @dataclass(frozen=True)
 class Hardware:
     "Where training runs: on `gpus` cards (0: on the CPU), with `memory` bytes for a step on each, `cpus` cores, in a `precision`."
@@ -48,7 +48,7 @@ class Hardware:
         half = "16-mixed" if cards and torch.cuda.get_device_capability()[0] >= 7 else "32-true"
         return cls(len(cards), int(1e9 * memory), cpu["num_cpus"], "bf16-mixed" if computes_in_bf16() else half)
 
-# %% ../nbs/10f_planning.ipynb #2dcdde61
+# %% ../nbs/10f_planning.ipynb #c0ab5b51
 MEASURED = 1 << 18 # voxels of a patch
 
 
@@ -143,7 +143,7 @@ def measured_memory(
 
 # The sum alone, and the sum corrected by the step, for one network in two precisions: without the step, mixed precision would be unknown.
 
-# %% ../nbs/10f_planning.ipynb #c63bcbf3
+# %% ../nbs/10f_planning.ipynb #8d89d123
 class Plan:
     "A config `cfg`, the `given` dotted keys that stay as they are, and `reasons` for those that were chosen."
 
@@ -161,7 +161,7 @@ class Plan:
         self.reasons[key] = because
         self.say(f"{key} = {value}  because {because}")
 
-# %% ../nbs/10f_planning.ipynb #7c6ca6d0
+# %% ../nbs/10f_planning.ipynb #32887173
 JUMP, TOUCHING, DENSE, RARE = 0.1, 0.01, 0.4, 0.1
 
 
@@ -203,7 +203,7 @@ def _target(found):
     thin = f"three of four objects are thicker than {found.diameter['25%']:.0f} nm, the length of the far offsets"
     return {"name": "affinity", "params": {"offsets": affinity_offsets(found)}}, f"{why}; {thin}"
 
-# %% ../nbs/10f_planning.ipynb #7c5d0b79
+# %% ../nbs/10f_planning.ipynb #90963df8
 def plan_network(plan: Plan, found: Fingerprint, hardware: Hardware):
     "Architecture and parameters from the voxel size, the thinnest objects and the hardware."
     size, thin = "×".join(f"{n:g}" for n in found.voxel_size), found.diameter["25%"] / max(found.voxel_size)
@@ -216,7 +216,7 @@ def plan_network(plan: Plan, found: Fingerprint, hardware: Hardware):
     plan.choose("model.architecture", name, why)
     if plan.cfg.model.architecture == name and params: plan.choose("model.params", params, f"of {name}, as above")
 
-# %% ../nbs/10f_planning.ipynb #e78c023f
+# %% ../nbs/10f_planning.ipynb #68ee5393
 SIDES = 128, 112, 96, 80, 64, 48, 32, 16 # of a cube with as many voxels
 LARGEST_BATCH = 8
 
@@ -247,7 +247,7 @@ def plan_patch(plan: Plan, found: Fingerprint, hardware: Hardware):
     batch = next((n for n in range(most, least, -1) if use.of(patch, n) <= hardware.memory), least)
     plan.choose("data.batch_size", batch, f"a step takes {readable_bytes(use.of(patch, batch))} (measured), and {readable_bytes(hardware.memory)} may be used")
 
-# %% ../nbs/10f_planning.ipynb #74305e3a
+# %% ../nbs/10f_planning.ipynb #6a8abb14
 def auto_configure_training(
     cfg,                             # a config
     given=(),                        # dotted keys that stay, from `pytc.config.given_keys`
@@ -274,7 +274,7 @@ def choose_all(plan: Plan, fingerprint, hardware: Hardware):
     plan_network(plan, fingerprint, hardware)
     plan_patch(plan, fingerprint, hardware)
 
-# %% ../nbs/10f_planning.ipynb #1bb2fff9
+# %% ../nbs/10f_planning.ipynb #30f17c4b
 def as_yaml(plan: Plan, title: str) -> str:
     "The given keys and the choices of a plan as the text of a config, reasons as comments."
     import yaml
@@ -293,7 +293,7 @@ def as_yaml(plan: Plan, title: str) -> str:
             lines.append(f"  {name}: {text}  # {why if why == 'given' else f'because {why}'}")
     return "\n".join(lines) + "\n"
 
-# %% ../nbs/10f_planning.ipynb #07481b6e
+# %% ../nbs/10f_planning.ipynb #3ec41b21
 PARTS, GAP = 0.15, 16 # of the volume for validation and for test, and voxels between
 
 
