@@ -7,7 +7,7 @@ __all__ = ['app', 'Box_', 'VoxelSize', 'Axes', 'Overrides', 'options', 'train', 
            'convert', 'doctor', 'plan', 'download', 'demo', 'main']
 
 # %% ../nbs/22_cli.ipynb #36ae47ba
-import json, os, sys, time
+import os, sys, time
 from pathlib import Path
 from typing import Annotated, Optional
 

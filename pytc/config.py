@@ -180,7 +180,7 @@ class Logging:
     every_n_steps: int = 10
     pictures: int = 1 # every so many epochs, of raw, target and prediction; 0: none
     statistics: bool = False # of weights, gradients and answers of each layer, every epoch
-    csv: bool = False # metrics.csv beside the TensorBoard logs
+    csv: bool = False # history.csv beside history.json
     wandb: Optional[str] = None # a project of Weights & Biases
 
 # %% ../nbs/01_config.ipynb #6e3f8f4e
@@ -334,6 +334,7 @@ def given_keys(path, overrides=()) -> list:
             if is_dataclass(types[key]): yield from keys(value, types[key], f"{name}{key}.")
             else: yield name + key
     return list(keys(OmegaConf.to_container(_load(path, overrides)[1], resolve=False), Config))
+
 
 
 # %% ../nbs/01_config.ipynb #249dc4a3

@@ -6,7 +6,7 @@
 __all__ = ['CONTAINERS', 'checkpointed', 'compiled']
 
 # %% ../nbs/09f_execution.ipynb #c16a1558
-import contextlib, functools
+import contextlib
 
 import torch
 from torch.utils.checkpoint import checkpoint

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from .config import Inference
-from .core import Box, PytcError, check_same, claim, log, named_disk_errors, one_of, refuse_existing, write_json
+from .core import Box, PytcError, check_same, claim, named_disk_errors, one_of, refuse_existing, write_json
 from .ensembles import MAPS, thinned, together
 from .patches import read_image
 from .sampling import Resampled, resampled, sample, voxels_in

@@ -141,8 +141,6 @@ def measured_memory(
     "Bytes that a step of training on `batch` patches takes, extrapolated from one small one."
     return MemoryUse.measured(cfg, voxel_size, hardware or Hardware.here(cfg.system.num_gpus)).of(patch, batch)
 
-# The sum alone, and the sum corrected by the step, for one network in two precisions: without the step, mixed precision would be unknown.
-
 # %% ../nbs/10f_planning.ipynb #8d89d123
 class Plan:
     "A config `cfg`, the `given` dotted keys that stay as they are, and `reasons` for those that were chosen."

@@ -289,21 +289,28 @@ def fit(
     seed_everything(cfg.system.seed, verbose=False)
     data = data or ConnectomicsDataModule(cfg)
     cfg = with_network_size(data.cfg, data.of_sources[0][0][0].voxel_size) # with what only the volumes tell
-    module, start = ConnectomicsModule(cfg, normalization=data.normalization), Path(run_dir) / "checkpoints/last.ckpt"
-    told = f"continuing from {start}" if start.exists() else None
-    if not told and init: told = f"{cfg.model.architecture} {begin_with(module, read_checkpoint(init), init)}"
-    if not told and checkpoint: start, told = _other(module, cfg, checkpoint, reset), f"going on from {checkpoint}" + (f" with a new {' and '.join(reset)}" if reset else "")
-    if told and chief: print(told, flush=True)
-    if fast_dev_run: return create_trainer(cfg, run_dir, fast_dev_run).fit(module, datamodule=data)
-    with claim(run_dir) if chief else contextlib.nullcontext():
+    module, last = ConnectomicsModule(cfg, normalization=data.normalization), run_dir / "checkpoints/last.ckpt"
+    # Only who holds the folder knows what is in it: another process may be about to end there.
+    with claim(run_dir) if chief and not fast_dev_run else contextlib.nullcontext():
+        start, told = _start(module, cfg, last, checkpoint, init, reset)
+        if told and chief: print(told, flush=True)
+        if fast_dev_run: return create_trainer(cfg, run_dir, fast_dev_run).fit(module, datamodule=data)
         trainer = create_trainer(cfg, run_dir)
-        trainer.fit(module, datamodule=data, ckpt_path=start if start.exists() else None, weights_only=True)
+        trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
         if chief:
-            best = Path(trainer.checkpoint_callback.best_model_path or run_dir / "checkpoints/last.ckpt")
+            best = Path(trainer.checkpoint_callback.best_model_path or last)
             _record(run_dir, trainer, module)
             with atomic_path(done, lambda: best.stat().st_size) as partial: shutil.copyfile(best, partial)
         trainer.strategy.barrier()
     return done
+
+
+def _start(module, cfg, last, checkpoint, init, reset):
+    "`(checkpoint to go on from or None, what to say of it)`; what an earlier call left comes first."
+    if last.exists(): return last, f"continuing from {last}"
+    if init: return None, f"{cfg.model.architecture} {begin_with(module, read_checkpoint(init), init)}"
+    if checkpoint: return _other(module, cfg, checkpoint, reset), f"going on from {checkpoint}" + (f" with a new {' and '.join(reset)}" if reset else "")
+    return None, None
 
 
 def _other(module, cfg, path, reset) -> Path:
