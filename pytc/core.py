@@ -45,11 +45,14 @@ class Registry:
 
     def call(self, name, *given, **params):
         "Call the entry `name`; a parameter it does not have is refused with the nearest valid names."
-        entry = self[name]
         # What is given by position is not for the user to set.
-        allowed = list(inspect.signature(entry).parameters)[len(given):]
+        return self.checked(name, params, len(given))(*given, **params)
+
+    def checked(self, name, params, given=1):
+        "The entry `name`, if it has all of `params` behind its first `given` parameters."
+        allowed = list(inspect.signature(self[name]).parameters)[given:]
         for param in params: one_of(param, allowed, f"parameter of {self.kind} {name!r}:")
-        return entry(*given, **params)
+        return self[name]
 
     def __getitem__(self, name): return self.entries[one_of(name, self.entries, self.kind)]
     def __iter__(self): return iter(sorted(self.entries))

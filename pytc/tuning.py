@@ -9,7 +9,7 @@ __all__ = ['default_thresholds', 'truth_of', 'threshold_sweep']
 import numpy as np
 
 from .core import PytcError, one_of
-from .decoding import decode
+from .decoding import at_thresholds
 from .metrics import connected_parts, contingency, evaluate_instance
 from .regions import read_labels
 
@@ -49,7 +49,7 @@ def threshold_sweep(
     # Where nothing is scored, every threshold would look perfect.
     if contingency(labels, labels, mask).total == 0:
         raise PytcError("no labelled voxel is left to score (labels are 0 or masked everywhere); tune on a region with truth")
-    score = lambda t: evaluate_instance(decode(decoder, affinities, threshold=t, **params), labels, mask)
-    results = [{"threshold": t, **score(t)} for t in thresholds]
+    labels_at = at_thresholds(decoder, affinities, **params)
+    results = [{"threshold": t, **evaluate_instance(labels_at(t), labels, mask)} for t in thresholds]
     best = min(results, key=lambda result: result[metric])
     return {"best_threshold": best["threshold"], "best_metrics": best, "all_results": results, "at_edge": best in (results[0], results[-1])}
