@@ -14,7 +14,7 @@ from numba import njit
 from .affinities import AffinitySpec, check_channels
 from .components import _cut, _join, _root, check_probabilities, decoders, filter_by_size, nearest_edges
 from .core import PytcError, one_of
-from .mutex_watershed import _pair, _place
+from .mutex_watershed import _pair, _sort
 
 # %% ../nbs/13b_agglomeration.ipynb #d2020736
 def _as_floats(affinities, spec):
@@ -118,64 +118,69 @@ _BINS = 64
 def _bin(value): return min(_BINS - 1, max(0, int(_BINS / 2 + 4 * np.log((value + 1e-9) / (1 - value + 1e-9)))))
 
 
+@njit(inline="always")
+def _row(table, pair):
+    "The row of `table`, of pairs and numbers, where a pair is, or would be."
+    at = ((pair ^ (pair >> np.uint64(32))) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(32)) & np.uint64(len(table) - 1)
+    while table[at, 0] != 0 and table[at, 0] != pair: at = (at + np.uint64(1)) & np.uint64(len(table) - 1)
+    return at
+
+
 @njit(cache=True, nogil=True)
-def _larger(table, values):
-    "The table and its values, with twice the room."
-    larger, moved = np.zeros(2 * len(table), np.uint64), np.empty(2 * len(table), np.uint32)
-    for i in range(len(table)):
-        if table[i]:
-            at = _place(larger, table[i])
-            larger[at], moved[at] = table[i], values[i]
-    return larger, moved
+def _larger(table):
+    "The same table with twice the room."
+    larger = np.zeros((2 * len(table), 2), np.uint64)
+    for row in table:
+        if row[0]: larger[_row(larger, row[0])] = row
+    return larger
+
+
+_COUNT, _SUM, _STRONGEST, _DOUBT = range(4)
 
 
 @njit(cache=True, nogil=True)
 def _contacts(labels, affinities, offsets, bins):
-    "Of each pair of neighbours: its two labels, how many edges, their sum, their strongest, their histogram."
+    "Of each pair of neighbours: its two labels in one number; how many edges, their sum, their strongest, and room for more; their histogram."
     _, depth, height, width = affinities.shape
-    table, numbers, found = np.zeros(1 << 12, np.uint64), np.empty(1 << 12, np.uint32), 0
-    pairs, counts, sums, strongest = np.empty(1 << 11, np.uint64), np.zeros(1 << 11, np.int64), np.zeros(1 << 11), np.zeros(1 << 11, np.float32)
-    histograms = np.zeros((1 << 11, bins), np.float32)
-    for c in range(len(offsets)):
-        oz, oy, ox = offsets[c]
-        for z in range(max(0, -oz), min(depth, depth - oz)):
-            for y in range(max(0, -oy), min(height, height - oy)):
+    table, found = np.zeros((1 << 12, 2), np.uint64), 0
+    pairs, stats, histograms = np.empty(1 << 11, np.uint64), np.zeros((1 << 11, 4)), np.zeros((1 << 11, bins), np.float32)
+    for z in range(depth):
+        for y in range(height):
+            for c in range(len(offsets)):
+                oz, oy, ox = offsets[c]
+                if not (0 <= z + oz < depth and 0 <= y + oy < height): continue
                 last, number = np.uint64(0), 0
                 for x in range(max(0, -ox), min(width, width - ox)):
                     a, b = labels[z, y, x], labels[z + oz, y + oy, x + ox]
                     if a == b or a == 0 or b == 0: continue
                     pair = _pair(a, b)
                     if pair != last:
-                        at, last = _place(table, pair), pair
-                        if table[at] != pair:
-                            if found == len(pairs):
-                                pairs, counts, sums, strongest = np.append(pairs, pairs), np.append(counts, 0 * counts), np.append(sums, 0 * sums), np.append(strongest, 0 * strongest)
-                                if bins: histograms = np.concatenate((histograms, 0 * histograms))
-                                table, numbers = _larger(table, numbers)
-                                at = _place(table, pair)
-                            table[at], numbers[at], pairs[found] = pair, found, pair
+                        if found == len(pairs):
+                            pairs, stats, table = np.append(pairs, pairs), np.concatenate((stats, 0 * stats)), _larger(table)
+                            if bins: histograms = np.concatenate((histograms, 0 * histograms))
+                        at, last = _row(table, pair), pair
+                        if table[at, 0] != pair:
+                            table[at, 0], table[at, 1], pairs[found] = pair, found, pair
                             found += 1
-                        number = numbers[at]
+                        number = np.int64(table[at, 1])
                     value = affinities[c, z, y, x]
-                    counts[number] += 1
-                    sums[number] += value
-                    strongest[number] = max(strongest[number], value)
+                    stats[number, _COUNT] += 1
+                    stats[number, _SUM] += value
+                    stats[number, _STRONGEST] = max(stats[number, _STRONGEST], value)
                     if bins: histograms[number, _bin(value)] += 1
-    return pairs[:found], counts[:found], sums[:found], strongest[:found], histograms[:found]
+    return pairs[:found], stats[:found], histograms[:found]
 
 
 @dataclass
 class RegionGraph:
-    "Which supervoxels meet, and how: arrays with one entry per contact."
+    "Which supervoxels meet, and how: arrays with a row per contact."
     pairs: np.ndarray      # (N, 2): their labels, the smaller first
-    counts: np.ndarray     # edges of the contact
-    sums: np.ndarray       # of their affinities
-    strongest: np.ndarray  # of their affinities
+    stats: np.ndarray      # (N, 4): how many edges, the sum and the largest of their affinities, and nothing yet
     histograms: np.ndarray # (N, 64) of their logits, or (N, 0)
     sizes: np.ndarray      # voxels of each label, from 0 on
 
     @property
-    def mean(self): return self.sums / self.counts
+    def mean(self): return self.stats[:, _SUM] / self.stats[:, _COUNT]
 
 
 def region_graph(
@@ -187,120 +192,134 @@ def region_graph(
     "The contacts of all labels, over the edges of all channels."
     affinities = _as_floats(affinities, spec)
     if np.shape(labels) != affinities.shape[1:]: raise PytcError(f"labels of shape {np.shape(labels)} were given for affinities of {affinities.shape[1:]}; give those of the same voxels")
-    pairs, *found = _contacts(np.ascontiguousarray(labels), affinities, np.array(spec.offsets, np.int64), _BINS if histograms else 0)
-    return RegionGraph(np.stack([pairs >> np.uint64(32), pairs & np.uint64(0xFFFFFFFF)], -1).astype(np.int64), *found, np.bincount(np.ravel(labels)))
+    pairs, stats, histograms = _contacts(np.ascontiguousarray(labels), affinities, np.array(spec.offsets, np.int64), _BINS if histograms else 0)
+    return RegionGraph(np.stack([pairs >> np.uint64(32), pairs & np.uint64(0xFFFFFFFF)], -1).astype(np.int64), stats, histograms, np.bincount(np.ravel(labels)))
 
 # %% ../nbs/13b_agglomeration.ipynb #07d63849
 _MEAN, _MAX, _QUANTILE = range(3)
 
 
 @njit(inline="always")
-def _score(kind, quantile, count, total, strongest, histogram, smaller, small):
-    if kind == _MEAN: score = total / count
-    elif kind == _MAX: score = np.float64(strongest)
+def _doubt(kind, quantile, stats, histogram, smaller, small):
+    "1 − the score of a contact."
+    if kind == _MEAN: score = stats[_SUM] / stats[_COUNT]
+    elif kind == _MAX: score = stats[_STRONGEST]
     else:
         below, i = histogram[0], 0
-        while below < quantile * count and i < _BINS - 1:
+        while below < quantile * stats[_COUNT] and i < _BINS - 1:
             i += 1
             below += histogram[i]
         score = 1 / (1 + np.exp(-(i + 0.5 - _BINS / 2) / 4))
-    if smaller < small: score = 1 - (1 - score) * np.sqrt(smaller / small)
-    return np.float32(score)
+    return np.float32((1 - score) * (np.sqrt(smaller / small) if smaller < small else 1))
 
 
 @njit(inline="always")
-def _settle(heap, scores, places, at, length):
-    "Move the entry at `at` up or down to where it belongs."
-    entry, score = heap[at], scores[at]
-    while at > 0 and scores[(at - 1) >> 1] < score:
-        above = (at - 1) >> 1
-        heap[at], scores[at] = heap[above], scores[above]
-        places[heap[at]] = at
-        at = above
-    while 2 * at + 1 < length:
+def _push(heap, doubts, length, edge, doubt):
+    "Enter an edge into a heap of `length`, which has room; returns the new length."
+    at = length
+    while at > 0 and doubts[(at - 1) >> 1] > doubt:
+        heap[at], doubts[at] = heap[(at - 1) >> 1], doubts[(at - 1) >> 1]
+        at = (at - 1) >> 1
+    heap[at], doubts[at] = edge, doubt
+    return length + 1
+
+
+@njit(inline="always")
+def _pop(heap, doubts, length):
+    "Take the first entry off a heap of `length`, and return it."
+    first, edge, doubt, at = heap[0], heap[length - 1], doubts[length - 1], 0
+    while 2 * at + 1 < length - 1:
         below = 2 * at + 1
-        if below + 1 < length and scores[below + 1] > scores[below]: below += 1
-        if scores[below] <= score: break
-        heap[at], scores[at] = heap[below], scores[below]
-        places[heap[at]] = at
+        if below + 1 < length - 1 and doubts[below + 1] < doubts[below]: below += 1
+        if doubts[below] >= doubt: break
+        heap[at], doubts[at] = heap[below], doubts[below]
         at = below
-    heap[at], scores[at], places[entry] = entry, score, at
+    heap[at], doubts[at] = edge, doubt
+    return first
 
 
 @njit(cache=True, nogil=True)
-def _merge(first, second, counts, sums, strongest, histograms, sizes, kind, quantile, small):
+def _fill(table, ends):
+    "Enter all contacts that there still are into an empty table; returns how many."
+    used = 0
+    for e in range(len(ends)):
+        if ends[e, 0] >= 0:
+            pair = _pair(ends[e, 0], ends[e, 1])
+            at = _row(table, pair)
+            table[at, 0], table[at, 1], used = pair, e, used + 1
+    return used
+
+
+@njit(cache=True, nogil=True)
+def _merge(ends, stats, histograms, sizes, kind, quantile, small):
     "Pairs (kept, given up) in the order of merging, and their scores; all arrays are overwritten."
-    edges = len(first)
-    room = 16
+    edges, room = len(ends), 16
     while room < 3 * edges: room *= 2
-    table, numbers, used = np.zeros(room, np.uint64), np.empty(room, np.uint32), edges
+    table = np.zeros((room, 2), np.uint64)
+    used = _fill(table, ends)
     heads, degrees, following = np.full(len(sizes), -1, np.int64), np.zeros(len(sizes), np.int64), np.empty(2 * edges, np.int64)
-    heap, scores, places, length = np.arange(edges), np.empty(edges, np.float32), np.arange(edges), edges
-    merges, heights, merged = np.empty((len(sizes), 2), np.uint32), np.empty(len(sizes), np.float32), 0
+    listed = np.empty(edges, np.float32)
     for e in range(edges):
-        at = _place(table, _pair(first[e], second[e]))
-        table[at], numbers[at] = _pair(first[e], second[e]), e
-        for side, node in ((0, first[e]), (1, second[e])):
+        for side in range(2):
+            node = ends[e, side]
             following[2 * e + side], heads[node] = heads[node], 2 * e + side
             degrees[node] += 1
-        scores[e] = _score(kind, quantile, counts[e], sums[e], strongest[e], histograms[e], min(sizes[first[e]], sizes[second[e]]), small)
-    for at in range(edges): _settle(heap, scores, places, at, at + 1)
-    while length:
-        edge, height = heap[0], scores[0]
-        length -= 1
-        heap[0], scores[0], places[edge] = heap[length], scores[length], -1
-        if length: _settle(heap, scores, places, 0, length)
-        a, b = first[edge], second[edge]
+        listed[e] = _doubt(kind, quantile, stats[e], histograms[e], min(sizes[ends[e, 0]], sizes[ends[e, 1]]), small)
+        stats[e, _DOUBT] = listed[e]
+    order, position = _sort(listed.view(np.uint32).copy(), np.arange(edges).astype(np.uint32)), 0
+    listed = listed[order]
+    heap, waiting, length = np.empty(1 << 10, np.uint32), np.empty(1 << 10, np.float32), 0
+    merges, scores, merged = np.empty((len(sizes), 2), np.uint32), np.empty(len(sizes), np.float32), 0
+    while position < edges or length:
+        if 2 * length > len(heap): heap, waiting = np.append(heap, heap), np.append(waiting, waiting)
+        if position < edges and (length == 0 or listed[position] <= waiting[0]):
+            edge, doubt, position = order[position], listed[position], position + 1
+        else:
+            doubt = waiting[0]
+            edge, length = _pop(heap, waiting, length), length - 1
+        a, b = ends[edge]
+        if a < 0 or doubt != stats[edge, _DOUBT]: continue # it is no more, or has another place
+        doubt = _doubt(kind, quantile, stats[edge], histograms[edge], min(sizes[a], sizes[b]), small)
+        if doubt > stats[edge, _DOUBT]:
+            stats[edge, _DOUBT] = doubt
+            length = _push(heap, waiting, length, edge, doubt)
+            continue
         if degrees[a] < degrees[b]: a, b = b, a
-        merges[merged, 0], merges[merged, 1], heights[merged] = a, b, height
+        merges[merged, 0], merges[merged, 1], scores[merged] = a, b, 1 - doubt
         merged += 1
-        grows = sizes[a] < small
+        ends[edge, 0] = -1
+        degrees[a] -= 1
         sizes[a] += sizes[b]
         entry = heads[b]
         while entry >= 0:
-            e, after = entry >> 1, following[entry]
-            if places[e] >= 0:
-                other = first[e] if second[e] == b else second[e]
-                at = _place(table, _pair(a, other))
-                if table[at]:
-                    kept = numbers[at]
-                    counts[kept] += counts[e]
-                    sums[kept] += sums[e]
-                    strongest[kept] = max(strongest[kept], strongest[e])
-                    histograms[kept] += histograms[e]
-                    place, length = places[e], length - 1
-                    places[e] = -1
-                    if place < length:
-                        heap[place], scores[place] = heap[length], scores[length]
-                        _settle(heap, scores, places, place, length)
+            e, side, after = entry >> 1, entry & 1, following[entry]
+            if ends[e, 0] >= 0:
+                other = ends[e, 1 - side]
+                pair = _pair(a, other)
+                at = _row(table, pair)
+                if table[at, 0]:
+                    twin = np.int64(table[at, 1])
+                    stats[twin, _COUNT] += stats[e, _COUNT]
+                    stats[twin, _SUM] += stats[e, _SUM]
+                    stats[twin, _STRONGEST] = max(stats[twin, _STRONGEST], stats[e, _STRONGEST])
+                    histograms[twin] += histograms[e]
+                    ends[e, 0] = -1
                     degrees[other] -= 1
+                    doubt = _doubt(kind, quantile, stats[twin], histograms[twin], min(sizes[a], sizes[other]), small)
+                    if doubt < stats[twin, _DOUBT]:
+                        stats[twin, _DOUBT] = doubt
+                        if length == len(heap): heap, waiting = np.append(heap, heap), np.append(waiting, waiting)
+                        length = _push(heap, waiting, length, twin, doubt)
                 else:
-                    kept, used = e, used + 1
-                    table[at], numbers[at] = _pair(a, other), e
-                    if first[e] == b: first[e] = a
-                    else: second[e] = a
-                    following[entry], heads[a] = heads[a], entry
+                    table[at, 0], table[at, 1], used = pair, e, used + 1
                     degrees[a] += 1
-                scores[places[kept]] = _score(kind, quantile, counts[kept], sums[kept], strongest[kept], histograms[kept], min(sizes[a], sizes[other]), small)
-                _settle(heap, scores, places, places[kept], length)
+                    ends[e, side] = a
+                    following[entry], heads[a] = heads[a], entry
             entry = after
             if 2 * used > len(table):  # without the pairs of objects that are no more
-                while 3 * length > len(table): table = np.zeros(2 * len(table), np.uint64)
-                table[:], numbers, used = 0, np.empty(len(table), np.uint32), length
-                for i in range(length):
-                    at = _place(table, _pair(first[heap[i]], second[heap[i]]))
-                    table[at], numbers[at] = _pair(first[heap[i]], second[heap[i]]), heap[i]
-        degrees[a] -= 1
-        if grows:
-            entry = heads[a]
-            while entry >= 0:
-                e = entry >> 1
-                if places[e] >= 0:
-                    other = first[e] if second[e] == a else second[e]
-                    scores[places[e]] = _score(kind, quantile, counts[e], sums[e], strongest[e], histograms[e], min(sizes[a], sizes[other]), small)
-                    _settle(heap, scores, places, places[e], length)
-                entry = following[entry]
-    return merges[:merged], heights[:merged]
+                table[:] = 0
+                used = _fill(table, ends)
+    return merges[:merged], scores[:merged]
 
 
 @njit(cache=True, nogil=True)
@@ -340,9 +359,8 @@ def merge_tree(
     elif not (0 < score < 1): raise PytcError(f"score={score} was given; a quantile lies between 0 and 1, other scores are mean and max")
     elif not graph.histograms.shape[1]: raise PytcError("a quantile needs histograms; pass region_graph(…, histograms=True)")
     kind = {"mean": _MEAN, "max": _MAX}.get(score, _QUANTILE)
-    first, second = np.ascontiguousarray(graph.pairs.T)
-    merges, heights = _merge(first, second, *(a.copy() for a in (graph.counts, graph.sums, graph.strongest, graph.histograms, graph.sizes)), kind, score if kind == _QUANTILE else 0.0, small)
-    return MergeTree(fragments, merges, heights)
+    merges, scores = _merge(graph.pairs.copy(), graph.stats.copy(), graph.histograms.copy(), graph.sizes.copy(), kind, score if kind == _QUANTILE else 0.0, small)
+    return MergeTree(fragments, merges, scores)
 
 
 def agglomerate(

@@ -86,8 +86,7 @@ def _pair(a, b): return (np.uint64(min(a, b)) << np.uint64(32)) | np.uint64(max(
 @njit(inline="always")
 def _place(table, pair):
     "Where a pair is in the table, or would be."
-    mixed = (pair ^ (pair >> np.uint64(32))) * np.uint64(0x9E3779B97F4A7C15)
-    at = (mixed >> np.uint64(20)) & np.uint64(len(table) - 1)
+    at = ((pair ^ (pair >> np.uint64(32))) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(32)) & np.uint64(len(table) - 1)
     while table[at] != 0 and table[at] != pair: at = (at + np.uint64(1)) & np.uint64(len(table) - 1)
     return at
 
