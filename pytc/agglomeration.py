@@ -367,14 +367,14 @@ def agglomerate(
     affinities,         # (C, D, H, W)
     score="mean",       # of a contact's affinities: mean, max, or a quantile such as 0.25
     small: int = 0,     # voxels; below, an object merges the more easily the smaller it is
-    channels="nearest", # whose edges make a contact: those to next neighbours, or "all"
+    channels="all",     # whose edges make a contact: all, or only those to next neighbours, "nearest"
     per_section=False,  # supervoxels of each section for itself
     spec: AffinitySpec = AffinitySpec(), # which voxels each channel joins
 ) -> MergeTree:
     "Supervoxels of the affinities and the order in which they merge."
     affinities = np.asarray(affinities)
     fragments = supervoxels(affinities, spec, per_section=per_section)
-    if one_of(channels, ["nearest", "all"], "channels") == "nearest":
+    if one_of(channels, ["all", "nearest"], "channels") == "nearest":
         near = [c for c, offset in enumerate(spec.offsets) if sum(map(abs, offset)) == 1]
         affinities, spec = affinities[near], AffinitySpec([spec.offsets[c] for c in near])
     return merge_tree(fragments, region_graph(fragments, affinities, spec, histograms=not isinstance(score, str)), score, small)
@@ -387,7 +387,7 @@ def watershed_agglomeration(
     score="mean",       # of a contact's affinities: mean, max, or a quantile such as 0.25
     small: int = 0,     # voxels; below, an object merges the more easily the smaller it is
     min_size: int = 0,  # voxels; smaller objects become background
-    channels="nearest", # whose edges make a contact: those to next neighbours, or "all"
+    channels="all",     # whose edges make a contact: all, or only those to next neighbours, "nearest"
     per_section=False,  # supervoxels of each section for itself
     spec: AffinitySpec = AffinitySpec(), # which voxels each channel joins
 ):
