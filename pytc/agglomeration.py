@@ -118,57 +118,73 @@ _BINS = 64
 def _bin(value): return min(_BINS - 1, max(0, int(_BINS / 2 + 4 * np.log((value + 1e-9) / (1 - value + 1e-9)))))
 
 
-@njit(inline="always")
-def _row(table, pair):
-    "The row of `table`, of pairs and numbers, where a pair is, or would be."
-    at = ((pair ^ (pair >> np.uint64(32))) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(32)) & np.uint64(len(table) - 1)
-    while table[at, 0] != 0 and table[at, 0] != pair: at = (at + np.uint64(1)) & np.uint64(len(table) - 1)
-    return at
-
-
-@njit(cache=True, nogil=True)
-def _larger(table):
-    "The same table with twice the room."
-    larger = np.zeros((2 * len(table), 2), np.uint64)
-    for row in table:
-        if row[0]: larger[_row(larger, row[0])] = row
-    return larger
-
-
 _COUNT, _SUM, _STRONGEST, _DOUBT = range(4)
 
 
+@njit(inline="always")
+def _add(stats, histogram, more_stats, more_histogram):
+    "Add one contact to another, in place."
+    stats[_COUNT] += more_stats[_COUNT]
+    stats[_SUM] += more_stats[_SUM]
+    stats[_STRONGEST] = max(stats[_STRONGEST], more_stats[_STRONGEST])
+    for i in range(len(histogram)): histogram[i] += more_histogram[i]
+
+
 @njit(cache=True, nogil=True)
-def _contacts(labels, affinities, offsets, bins):
-    "Of each pair of neighbours: its two labels in one number; how many edges, their sum, their strongest, and room for more; their histogram."
+def _combined(ends, stats, histograms, nodes):
+    "The same contacts with only one between any two nodes, ordered by the smaller node; those of a node with itself are left out."
+    places = np.zeros(nodes + 1, np.int64)
+    for a, b in ends: places[min(a, b) + 1] += 1
+    places, order = places.cumsum(), np.empty(len(ends), np.int64)
+    for e in range(len(ends)):
+        node = min(ends[e, 0], ends[e, 1])
+        order[places[node]] = e
+        places[node] += 1
+    ends_, stats_, histograms_ = np.empty_like(ends), np.empty_like(stats), np.empty_like(histograms)
+    seen, found, start, last = np.full(nodes, -1, np.int64), 0, 0, -1
+    for e in order:
+        a, b = min(ends[e, 0], ends[e, 1]), max(ends[e, 0], ends[e, 1])
+        if a == b: continue
+        if a != last: start, last = found, a
+        if seen[b] >= start: _add(stats_[seen[b]], histograms_[seen[b]], stats[e], histograms[e])
+        else:
+            ends_[found, 0], ends_[found, 1], seen[b] = a, b, found
+            stats_[found], histograms_[found] = stats[e], histograms[e]
+            found += 1
+    return ends_[:found], stats_[:found], histograms_[:found]
+
+
+@njit(cache=True, nogil=True)
+def _contacts(labels, affinities, offsets, nodes, bins):
+    "Of each pair of neighbours: its labels; how many edges, their sum, their strongest, and room for more; their histogram."
     _, depth, height, width = affinities.shape
-    table, found = np.zeros((1 << 12, 2), np.uint64), 0
-    pairs, stats, histograms = np.empty(1 << 11, np.uint64), np.zeros((1 << 11, 4)), np.zeros((1 << 11, bins), np.float32)
+    room, found = max(1 << 16, 4 * nodes), 0
+    ends, stats, histograms = np.empty((room, 2), np.int64), np.zeros((room, 4)), np.zeros((room, bins), np.float32)
     for z in range(depth):
         for y in range(height):
             for c in range(len(offsets)):
                 oz, oy, ox = offsets[c]
                 if not (0 <= z + oz < depth and 0 <= y + oy < height): continue
-                last, number = np.uint64(0), 0
+                if found + width > len(ends):  # what was found more than once becomes one; if that does not help, there must be more room
+                    fewer, fewer_stats, fewer_histograms = _combined(ends[:found], stats[:found], histograms[:found], nodes)
+                    found, room = len(fewer), max(len(ends), 2 * (len(fewer) + width))
+                    ends, stats, histograms = np.empty((room, 2), np.int64), np.zeros((room, 4)), np.zeros((room, bins), np.float32)
+                    ends[:found], stats[:found], histograms[:found] = fewer, fewer_stats, fewer_histograms
+                last_a, last_b = 0, 0
                 for x in range(max(0, -ox), min(width, width - ox)):
-                    a, b = labels[z, y, x], labels[z + oz, y + oy, x + ox]
+                    a, b = np.int64(labels[z, y, x]), np.int64(labels[z + oz, y + oy, x + ox])
                     if a == b or a == 0 or b == 0: continue
-                    pair = _pair(a, b)
-                    if pair != last:
-                        if found == len(pairs):
-                            pairs, stats, table = np.append(pairs, pairs), np.concatenate((stats, 0 * stats)), _larger(table)
-                            if bins: histograms = np.concatenate((histograms, 0 * histograms))
-                        at, last = _row(table, pair), pair
-                        if table[at, 0] != pair:
-                            table[at, 0], table[at, 1], pairs[found] = pair, found, pair
-                            found += 1
-                        number = np.int64(table[at, 1])
+                    if a != last_a or b != last_b:
+                        ends[found, 0], ends[found, 1], last_a, last_b = a, b, a, b
+                        stats[found] = 0
+                        histograms[found] = 0
+                        found += 1
                     value = affinities[c, z, y, x]
-                    stats[number, _COUNT] += 1
-                    stats[number, _SUM] += value
-                    stats[number, _STRONGEST] = max(stats[number, _STRONGEST], value)
-                    if bins: histograms[number, _bin(value)] += 1
-    return pairs[:found], stats[:found], histograms[:found]
+                    stats[found - 1, _COUNT] += 1
+                    stats[found - 1, _SUM] += value
+                    stats[found - 1, _STRONGEST] = max(stats[found - 1, _STRONGEST], value)
+                    if bins: histograms[found - 1, _bin(value)] += 1
+    return _combined(ends[:found], stats[:found], histograms[:found], nodes)
 
 
 @dataclass
@@ -192,8 +208,8 @@ def region_graph(
     "The contacts of all labels, over the edges of all channels."
     affinities = _as_floats(affinities, spec)
     if np.shape(labels) != affinities.shape[1:]: raise PytcError(f"labels of shape {np.shape(labels)} were given for affinities of {affinities.shape[1:]}; give those of the same voxels")
-    pairs, stats, histograms = _contacts(np.ascontiguousarray(labels), affinities, np.array(spec.offsets, np.int64), _BINS if histograms else 0)
-    return RegionGraph(np.stack([pairs >> np.uint64(32), pairs & np.uint64(0xFFFFFFFF)], -1).astype(np.int64), stats, histograms, np.bincount(np.ravel(labels)))
+    sizes = np.bincount(np.ravel(labels))
+    return RegionGraph(*_contacts(np.ascontiguousarray(labels), affinities, np.array(spec.offsets, np.int64), len(sizes), _BINS if histograms else 0), sizes)
 
 # %% ../nbs/13b_agglomeration.ipynb #07d63849
 _MEAN, _MAX, _QUANTILE = range(3)
@@ -238,6 +254,14 @@ def _pop(heap, doubts, length):
     return first
 
 
+@njit(inline="always")
+def _row(table, pair):
+    "The row of `table`, of pairs and numbers, where a pair is, or would be."
+    at = ((pair ^ (pair >> np.uint64(32))) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(32)) & np.uint64(len(table) - 1)
+    while table[at, 0] != 0 and table[at, 0] != pair: at = (at + np.uint64(1)) & np.uint64(len(table) - 1)
+    return at
+
+
 @njit(cache=True, nogil=True)
 def _fill(table, ends):
     "Enter all contacts that there still are into an empty table; returns how many."
@@ -252,7 +276,7 @@ def _fill(table, ends):
 
 @njit(cache=True, nogil=True)
 def _merge(ends, stats, histograms, sizes, kind, quantile, small):
-    "Pairs (kept, given up) in the order of merging, and their scores; all arrays are overwritten."
+    "Pairs (kept, given up) in the order of merging, one by one, and their scores; all arrays are overwritten."
     edges, room = len(ends), 16
     while room < 3 * edges: room *= 2
     table = np.zeros((room, 2), np.uint64)
@@ -269,7 +293,7 @@ def _merge(ends, stats, histograms, sizes, kind, quantile, small):
     order, position = _sort(listed.view(np.uint32).copy(), np.arange(edges).astype(np.uint32)), 0
     listed = listed[order]
     heap, waiting, length = np.empty(1 << 10, np.uint32), np.empty(1 << 10, np.float32), 0
-    merges, scores, merged = np.empty((len(sizes), 2), np.uint32), np.empty(len(sizes), np.float32), 0
+    merges, scores, merged = np.empty((len(sizes), 2), np.int64), np.empty(len(sizes), np.float32), 0
     while position < edges or length:
         if 2 * length > len(heap): heap, waiting = np.append(heap, heap), np.append(waiting, waiting)
         if position < edges and (length == 0 or listed[position] <= waiting[0]):
@@ -299,10 +323,7 @@ def _merge(ends, stats, histograms, sizes, kind, quantile, small):
                 at = _row(table, pair)
                 if table[at, 0]:
                     twin = np.int64(table[at, 1])
-                    stats[twin, _COUNT] += stats[e, _COUNT]
-                    stats[twin, _SUM] += stats[e, _SUM]
-                    stats[twin, _STRONGEST] = max(stats[twin, _STRONGEST], stats[e, _STRONGEST])
-                    histograms[twin] += histograms[e]
+                    _add(stats[twin], histograms[twin], stats[e], histograms[e])
                     ends[e, 0] = -1
                     degrees[other] -= 1
                     doubt = _doubt(kind, quantile, stats[twin], histograms[twin], min(sizes[a], sizes[other]), small)
@@ -323,6 +344,38 @@ def _merge(ends, stats, histograms, sizes, kind, quantile, small):
 
 
 @njit(cache=True, nogil=True)
+def _merge_mutual(ends, stats, histograms, sizes, kind, quantile, small):
+    "Merge all pairs of nodes that are each other's best: the pairs, their scores, the new number of each node, and how many there are."
+    best, doubts = np.full(len(sizes), -1, np.int64), np.empty(len(sizes), np.float32)
+    for e in range(len(ends)):
+        a, b = ends[e]
+        doubt = _doubt(kind, quantile, stats[e], histograms[e], min(sizes[a], sizes[b]), small)
+        for node in (a, b):
+            if best[node] < 0 or doubt < doubts[node]: best[node], doubts[node] = e, doubt
+    merges, scores, merged = np.empty((len(sizes) // 2, 2), np.int64), np.empty(len(sizes) // 2, np.float32), 0
+    numbers, found = np.full(len(sizes), -1, np.int64), 0
+    for a in range(len(sizes)):
+        if numbers[a] >= 0: continue
+        numbers[a] = found
+        if best[a] >= 0:
+            b = ends[best[a], 0] + ends[best[a], 1] - a
+            if best[b] == best[a]:
+                numbers[b] = found
+                merges[merged, 0], merges[merged, 1], scores[merged] = a, b, 1 - doubts[a]
+                merged += 1
+        found += 1
+    return merges[:merged], scores[:merged], numbers, found
+
+
+@njit(cache=True, nogil=True)
+def _settle(merges, scores, formed):
+    "Lower, in place, each score that rounding left above the one by which a part of it was formed."
+    for i in range(len(merges)):
+        a, b = merges[i]
+        scores[i] = formed[a] = min(scores[i], formed[a], formed[b])
+
+
+@njit(cache=True, nogil=True)
 def _apply(merges, count, table):
     "Enter into `table` what each label is after the first `count` merges; in the other direction, what was kept is settled already."
     for i in range(count - 1, -1, -1): table[merges[i, 1]] = table[merges[i, 0]]
@@ -333,14 +386,12 @@ class MergeTree:
     "Supervoxels and the order in which they become objects."
     fragments: np.ndarray # (D, H, W): supervoxels, 0 is background
     merges: np.ndarray    # (N, 2): of two labels, the first keeps its name
-    scores: np.ndarray    # (N,), of each merge
+    scores: np.ndarray    # (N,), of each merge, falling
 
     def objects(self, threshold: float):
         "Of each supervoxel, the one whose name its object bears once everything that scores at least `threshold` is merged."
         table = np.arange(int(self.fragments.max(initial=0)) + 1, dtype=np.uint32)
-        # A merge can score above the one that made it possible; it then belongs to that one.
-        below = np.minimum.accumulate(self.scores) < threshold
-        _apply(self.merges, int(below.argmax()) if below.any() else len(below), table)
+        _apply(self.merges, np.count_nonzero(self.scores >= threshold), table)
         return table
 
     def cut(self, threshold: float):
@@ -359,8 +410,20 @@ def merge_tree(
     elif not (0 < score < 1): raise PytcError(f"score={score} was given; a quantile lies between 0 and 1, other scores are mean and max")
     elif not graph.histograms.shape[1]: raise PytcError("a quantile needs histograms; pass region_graph(…, histograms=True)")
     kind = {"mean": _MEAN, "max": _MAX}.get(score, _QUANTILE)
-    merges, scores = _merge(graph.pairs.copy(), graph.stats.copy(), graph.histograms.copy(), graph.sizes.copy(), kind, score if kind == _QUANTILE else 0.0, small)
-    return MergeTree(fragments, merges, scores)
+    how = kind, float(score) if kind == _QUANTILE else 0.0, small
+    labels, sizes, contacts = np.arange(len(graph.sizes)), graph.sizes, (graph.pairs, graph.stats, graph.histograms)
+    merges, scores = [], []
+    while len(contacts[0]):
+        pairs, heights, numbers, count = _merge_mutual(*contacts, sizes, *how)
+        if count > 0.9 * len(sizes): break
+        merges.append(labels[pairs]), scores.append(heights)
+        contacts = _combined(numbers[contacts[0]], *contacts[1:], count)
+        sizes, labels = np.bincount(numbers, sizes).astype(np.int64), labels[np.unique(numbers, return_index=True)[1]]
+    pairs, heights = _merge(*(array.copy() for array in contacts), sizes.copy(), *how)
+    merges, scores = np.concatenate([*merges, labels[pairs]]), np.concatenate([*scores, heights])
+    _settle(merges, scores, np.ones(len(graph.sizes), np.float32))
+    order = np.argsort(-scores, kind="stable")
+    return MergeTree(fragments, merges[order], scores[order])
 
 
 def agglomerate(
