@@ -118,85 +118,87 @@ _BINS = 64
 def _bin(value): return min(_BINS - 1, max(0, int(_BINS / 2 + 4 * np.log((value + 1e-9) / (1 - value + 1e-9)))))
 
 
-_COUNT, _SUM, _STRONGEST, _DOUBT = range(4)
+_A, _B, _COUNT, _SUM, _STRONGEST, _DOUBT = range(6) # what a row of `contacts` holds; together, as all of it is needed at once
 
 
 @njit(inline="always")
-def _add(stats, histogram, more_stats, more_histogram):
-    "Add one contact to another, in place."
-    stats[_COUNT] += more_stats[_COUNT]
-    stats[_SUM] += more_stats[_SUM]
-    stats[_STRONGEST] = max(stats[_STRONGEST], more_stats[_STRONGEST])
-    for i in range(len(histogram)): histogram[i] += more_histogram[i]
+def _add(contact, histogram, other, other_histogram):
+    "Add another contact to this one, in place."
+    contact[_COUNT] += other[_COUNT]
+    contact[_SUM] += other[_SUM]
+    contact[_STRONGEST] = max(contact[_STRONGEST], other[_STRONGEST])
+    for i in range(len(histogram)): histogram[i] += other_histogram[i]
 
 
 @njit(cache=True, nogil=True)
-def _combined(ends, stats, histograms, nodes):
+def _combined(contacts, histograms, nodes):
     "The same contacts with only one between any two nodes, ordered by the smaller node; those of a node with itself are left out."
     places = np.zeros(nodes + 1, np.int64)
-    for a, b in ends: places[min(a, b) + 1] += 1
-    places, order = places.cumsum(), np.empty(len(ends), np.int64)
-    for e in range(len(ends)):
-        node = min(ends[e, 0], ends[e, 1])
+    for contact in contacts: places[int(min(contact[_A], contact[_B])) + 1] += 1
+    places, order = places.cumsum(), np.empty(len(contacts), np.int64)
+    for e in range(len(contacts)):
+        node = int(min(contacts[e, _A], contacts[e, _B]))
         order[places[node]] = e
         places[node] += 1
-    ends_, stats_, histograms_ = np.empty_like(ends), np.empty_like(stats), np.empty_like(histograms)
+    fewer, fewer_histograms = np.empty_like(contacts), np.empty_like(histograms)
     seen, found, start, last = np.full(nodes, -1, np.int64), 0, 0, -1
     for e in order:
-        a, b = min(ends[e, 0], ends[e, 1]), max(ends[e, 0], ends[e, 1])
+        a, b = int(min(contacts[e, _A], contacts[e, _B])), int(max(contacts[e, _A], contacts[e, _B]))
         if a == b: continue
         if a != last: start, last = found, a
-        if seen[b] >= start: _add(stats_[seen[b]], histograms_[seen[b]], stats[e], histograms[e])
+        if seen[b] >= start: _add(fewer[seen[b]], fewer_histograms[seen[b]], contacts[e], histograms[e])
         else:
-            ends_[found, 0], ends_[found, 1], seen[b] = a, b, found
-            stats_[found], histograms_[found] = stats[e], histograms[e]
+            fewer[found], fewer_histograms[found], seen[b] = contacts[e], histograms[e], found
+            fewer[found, _A], fewer[found, _B] = a, b
             found += 1
-    return ends_[:found], stats_[:found], histograms_[:found]
+    return fewer[:found], fewer_histograms[:found]
 
 
 @njit(cache=True, nogil=True)
 def _contacts(labels, affinities, offsets, nodes, bins):
-    "Of each pair of neighbours: its labels; how many edges, their sum, their strongest, and room for more; their histogram."
+    "The contacts of all pairs of neighbours, and the histogram of each."
     _, depth, height, width = affinities.shape
     room, found = max(1 << 16, 4 * nodes), 0
-    ends, stats, histograms = np.empty((room, 2), np.int64), np.zeros((room, 4)), np.zeros((room, bins), np.float32)
+    contacts, histograms = np.zeros((room, 6)), np.zeros((room, bins), np.float32)
     for z in range(depth):
         for y in range(height):
             for c in range(len(offsets)):
                 oz, oy, ox = offsets[c]
                 if not (0 <= z + oz < depth and 0 <= y + oy < height): continue
-                if found + width > len(ends):  # what was found more than once becomes one; if that does not help, there must be more room
-                    fewer, fewer_stats, fewer_histograms = _combined(ends[:found], stats[:found], histograms[:found], nodes)
-                    found, room = len(fewer), max(len(ends), 2 * (len(fewer) + width))
-                    ends, stats, histograms = np.empty((room, 2), np.int64), np.zeros((room, 4)), np.zeros((room, bins), np.float32)
-                    ends[:found], stats[:found], histograms[:found] = fewer, fewer_stats, fewer_histograms
+                if found + width > len(contacts):  # what was found more than once becomes one; if that does not help, there must be more room
+                    fewer, fewer_histograms = _combined(contacts[:found], histograms[:found], nodes)
+                    found, room = len(fewer), max(len(contacts), 2 * (len(fewer) + width))
+                    contacts, histograms = np.zeros((room, 6)), np.zeros((room, bins), np.float32)
+                    contacts[:found], histograms[:found] = fewer, fewer_histograms
                 last_a, last_b = 0, 0
                 for x in range(max(0, -ox), min(width, width - ox)):
                     a, b = np.int64(labels[z, y, x]), np.int64(labels[z + oz, y + oy, x + ox])
                     if a == b or a == 0 or b == 0: continue
                     if a != last_a or b != last_b:
-                        ends[found, 0], ends[found, 1], last_a, last_b = a, b, a, b
-                        stats[found] = 0
-                        histograms[found] = 0
-                        found += 1
-                    value = affinities[c, z, y, x]
-                    stats[found - 1, _COUNT] += 1
-                    stats[found - 1, _SUM] += value
-                    stats[found - 1, _STRONGEST] = max(stats[found - 1, _STRONGEST], value)
+                        last_a, last_b, found = a, b, found + 1
+                        contacts[found - 1] = 0
+                        contacts[found - 1, _A], contacts[found - 1, _B] = a, b
+                        histograms[found - 1] = 0
+                    value, contact = affinities[c, z, y, x], contacts[found - 1]
+                    contact[_COUNT] += 1
+                    contact[_SUM] += value
+                    contact[_STRONGEST] = max(contact[_STRONGEST], value)
                     if bins: histograms[found - 1, _bin(value)] += 1
-    return _combined(ends[:found], stats[:found], histograms[:found], nodes)
+    return _combined(contacts[:found], histograms[:found], nodes)
 
 
 @dataclass
 class RegionGraph:
     "Which supervoxels meet, and how: arrays with a row per contact."
-    pairs: np.ndarray      # (N, 2): their labels, the smaller first
-    stats: np.ndarray      # (N, 4): how many edges, the sum and the largest of their affinities, and nothing yet
+    contacts: np.ndarray   # (N, 6) float64: the two labels, the smaller first; how many edges, the sum and the largest of their affinities; room for the merging
     histograms: np.ndarray # (N, 64) of their logits, or (N, 0)
     sizes: np.ndarray      # voxels of each label, from 0 on
 
     @property
-    def mean(self): return self.stats[:, _SUM] / self.stats[:, _COUNT]
+    def pairs(self): return self.contacts[:, :2].astype(np.int64)
+
+    @property
+    def mean(self): return self.contacts[:, _SUM] / self.contacts[:, _COUNT]
 
 
 def region_graph(
@@ -216,13 +218,13 @@ _MEAN, _MAX, _QUANTILE = range(3)
 
 
 @njit(inline="always")
-def _doubt(kind, quantile, stats, histogram, smaller, small):
+def _doubt(kind, quantile, contact, histogram, smaller, small):
     "1 − the score of a contact."
-    if kind == _MEAN: score = stats[_SUM] / stats[_COUNT]
-    elif kind == _MAX: score = stats[_STRONGEST]
+    if kind == _MEAN: score = contact[_SUM] / contact[_COUNT]
+    elif kind == _MAX: score = contact[_STRONGEST]
     else:
         below, i = histogram[0], 0
-        while below < quantile * stats[_COUNT] and i < _BINS - 1:
+        while below < quantile * contact[_COUNT] and i < _BINS - 1:
             i += 1
             below += histogram[i]
         score = 1 / (1 + np.exp(-(i + 0.5 - _BINS / 2) / 4))
@@ -255,41 +257,47 @@ def _pop(heap, doubts, length):
 
 
 @njit(inline="always")
-def _row(table, pair):
-    "The row of `table`, of pairs and numbers, where a pair is, or would be."
-    at = ((pair ^ (pair >> np.uint64(32))) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(32)) & np.uint64(len(table) - 1)
-    while table[at, 0] != 0 and table[at, 0] != pair: at = (at + np.uint64(1)) & np.uint64(len(table) - 1)
+def _place(table, contacts, a, b):
+    "The place in `table`, of rows of contacts counted from 1, where that of `a` and `b` is, or would be."
+    mixed = _pair(a, b)
+    at = ((mixed ^ (mixed >> np.uint64(32))) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(32)) & np.uint64(len(table) - 1)
+    while table[at] != 0:
+        contact = contacts[table[at] - 1]
+        if contact[_A] == a and contact[_B] == b or contact[_A] == b and contact[_B] == a: break
+        at = (at + np.uint64(1)) & np.uint64(len(table) - 1)
     return at
 
 
 @njit(cache=True, nogil=True)
-def _fill(table, ends):
+def _fill(table, contacts):
     "Enter all contacts that there still are into an empty table; returns how many."
     used = 0
-    for e in range(len(ends)):
-        if ends[e, 0] >= 0:
-            pair = _pair(ends[e, 0], ends[e, 1])
-            at = _row(table, pair)
-            table[at, 0], table[at, 1], used = pair, e, used + 1
+    for e in range(len(contacts)):
+        if contacts[e, _A] >= 0:
+            table[_place(table, contacts, int(contacts[e, _A]), int(contacts[e, _B]))] = e + 1
+            used += 1
     return used
 
 
+_SIZE, _DEGREE, _HEAD = range(3)
+
+
 @njit(cache=True, nogil=True)
-def _merge(ends, stats, histograms, sizes, kind, quantile, small):
-    "Pairs (kept, given up) in the order of merging, one by one, and their scores; all arrays are overwritten."
-    edges, room = len(ends), 16
+def _merge(contacts, histograms, sizes, kind, quantile, small):
+    "Pairs (kept, given up) in the order of merging, one by one, and their scores; contacts and histograms are overwritten."
+    edges, room = len(contacts), 16
     while room < 3 * edges: room *= 2
-    table = np.zeros((room, 2), np.uint64)
-    used = _fill(table, ends)
-    heads, degrees, following = np.full(len(sizes), -1, np.int64), np.zeros(len(sizes), np.int64), np.empty(2 * edges, np.int64)
-    listed = np.empty(edges, np.float32)
+    table = np.zeros(room, np.uint32)
+    used = _fill(table, contacts)
+    nodes, following, listed = np.zeros((len(sizes), 3), np.int64), np.empty((edges, 2), np.int32), np.empty(edges, np.float32)
+    nodes[:, _SIZE], nodes[:, _HEAD] = sizes, -1
     for e in range(edges):
         for side in range(2):
-            node = ends[e, side]
-            following[2 * e + side], heads[node] = heads[node], 2 * e + side
-            degrees[node] += 1
-        listed[e] = _doubt(kind, quantile, stats[e], histograms[e], min(sizes[ends[e, 0]], sizes[ends[e, 1]]), small)
-        stats[e, _DOUBT] = listed[e]
+            node = nodes[int(contacts[e, side])]
+            following[e, side], node[_HEAD] = node[_HEAD], 2 * e + side
+            node[_DEGREE] += 1
+        listed[e] = _doubt(kind, quantile, contacts[e], histograms[e], min(sizes[int(contacts[e, _A])], sizes[int(contacts[e, _B])]), small)
+        contacts[e, _DOUBT] = listed[e]
     order, position = _sort(listed.view(np.uint32).copy(), np.arange(edges).astype(np.uint32)), 0
     listed = listed[order]
     heap, waiting, length = np.empty(1 << 10, np.uint32), np.empty(1 << 10, np.float32), 0
@@ -301,55 +309,54 @@ def _merge(ends, stats, histograms, sizes, kind, quantile, small):
         else:
             doubt = waiting[0]
             edge, length = _pop(heap, waiting, length), length - 1
-        a, b = ends[edge]
-        if a < 0 or doubt != stats[edge, _DOUBT]: continue # it is no more, or has another place
-        doubt = _doubt(kind, quantile, stats[edge], histograms[edge], min(sizes[a], sizes[b]), small)
-        if doubt > stats[edge, _DOUBT]:
-            stats[edge, _DOUBT] = doubt
+        contact = contacts[edge]
+        if contact[_A] < 0 or doubt != contact[_DOUBT]: continue # it is no more, or has another place
+        a, b = int(contact[_A]), int(contact[_B])
+        doubt = _doubt(kind, quantile, contact, histograms[edge], min(nodes[a, _SIZE], nodes[b, _SIZE]), small)
+        if doubt > contact[_DOUBT]:
+            contact[_DOUBT] = doubt
             length = _push(heap, waiting, length, edge, doubt)
             continue
-        if degrees[a] < degrees[b]: a, b = b, a
+        if nodes[a, _DEGREE] < nodes[b, _DEGREE]: a, b = b, a
         merges[merged, 0], merges[merged, 1], scores[merged] = a, b, 1 - doubt
         merged += 1
-        ends[edge, 0] = -1
-        degrees[a] -= 1
-        sizes[a] += sizes[b]
-        entry = heads[b]
+        contact[_A] = -1
+        nodes[a, _DEGREE] -= 1
+        nodes[a, _SIZE] += nodes[b, _SIZE]
+        entry = nodes[b, _HEAD]
         while entry >= 0:
-            e, side, after = entry >> 1, entry & 1, following[entry]
-            if ends[e, 0] >= 0:
-                other = ends[e, 1 - side]
-                pair = _pair(a, other)
-                at = _row(table, pair)
-                if table[at, 0]:
-                    twin = np.int64(table[at, 1])
-                    _add(stats[twin], histograms[twin], stats[e], histograms[e])
-                    ends[e, 0] = -1
-                    degrees[other] -= 1
-                    doubt = _doubt(kind, quantile, stats[twin], histograms[twin], min(sizes[a], sizes[other]), small)
-                    if doubt < stats[twin, _DOUBT]:
-                        stats[twin, _DOUBT] = doubt
+            e, side, after = entry >> 1, entry & 1, np.int64(following[entry >> 1, entry & 1])
+            if contacts[e, _A] >= 0:
+                other = int(contacts[e, 1 - side])
+                at = _place(table, contacts, a, other)
+                if table[at]:
+                    twin = np.int64(table[at]) - 1
+                    _add(contacts[twin], histograms[twin], contacts[e], histograms[e])
+                    contacts[e, _A] = -1
+                    nodes[other, _DEGREE] -= 1
+                    doubt = _doubt(kind, quantile, contacts[twin], histograms[twin], min(nodes[a, _SIZE], nodes[other, _SIZE]), small)
+                    if doubt < contacts[twin, _DOUBT]:
+                        contacts[twin, _DOUBT] = doubt
                         if length == len(heap): heap, waiting = np.append(heap, heap), np.append(waiting, waiting)
                         length = _push(heap, waiting, length, twin, doubt)
                 else:
-                    table[at, 0], table[at, 1], used = pair, e, used + 1
-                    degrees[a] += 1
-                    ends[e, side] = a
-                    following[entry], heads[a] = heads[a], entry
+                    table[at], used, contacts[e, side] = e + 1, used + 1, a
+                    following[e, side], nodes[a, _HEAD] = nodes[a, _HEAD], entry
+                    nodes[a, _DEGREE] += 1
             entry = after
-            if 2 * used > len(table):  # without the pairs of objects that are no more
+            if 2 * used > len(table):  # without the contacts that are no more, and the earlier places of those that moved
                 table[:] = 0
-                used = _fill(table, ends)
+                used = _fill(table, contacts)
     return merges[:merged], scores[:merged]
 
 
 @njit(cache=True, nogil=True)
-def _merge_mutual(ends, stats, histograms, sizes, kind, quantile, small):
+def _merge_mutual(contacts, histograms, sizes, kind, quantile, small):
     "Merge all pairs of nodes that are each other's best: the pairs, their scores, the new number of each node, and how many there are."
     best, doubts = np.full(len(sizes), -1, np.int64), np.empty(len(sizes), np.float32)
-    for e in range(len(ends)):
-        a, b = ends[e]
-        doubt = _doubt(kind, quantile, stats[e], histograms[e], min(sizes[a], sizes[b]), small)
+    for e in range(len(contacts)):
+        a, b = int(contacts[e, _A]), int(contacts[e, _B])
+        doubt = _doubt(kind, quantile, contacts[e], histograms[e], min(sizes[a], sizes[b]), small)
         for node in (a, b):
             if best[node] < 0 or doubt < doubts[node]: best[node], doubts[node] = e, doubt
     merges, scores, merged = np.empty((len(sizes) // 2, 2), np.int64), np.empty(len(sizes) // 2, np.float32), 0
@@ -358,12 +365,13 @@ def _merge_mutual(ends, stats, histograms, sizes, kind, quantile, small):
         if numbers[a] >= 0: continue
         numbers[a] = found
         if best[a] >= 0:
-            b = ends[best[a], 0] + ends[best[a], 1] - a
+            b = int(contacts[best[a], _A] + contacts[best[a], _B]) - a
             if best[b] == best[a]:
                 numbers[b] = found
                 merges[merged, 0], merges[merged, 1], scores[merged] = a, b, 1 - doubts[a]
                 merged += 1
         found += 1
+    for e in range(len(contacts)): contacts[e, _A], contacts[e, _B] = numbers[int(contacts[e, _A])], numbers[int(contacts[e, _B])]
     return merges[:merged], scores[:merged], numbers, found
 
 
@@ -411,15 +419,15 @@ def merge_tree(
     elif not graph.histograms.shape[1]: raise PytcError("a quantile needs histograms; pass region_graph(…, histograms=True)")
     kind = {"mean": _MEAN, "max": _MAX}.get(score, _QUANTILE)
     how = kind, float(score) if kind == _QUANTILE else 0.0, small
-    labels, sizes, contacts = np.arange(len(graph.sizes)), graph.sizes, (graph.pairs, graph.stats, graph.histograms)
-    merges, scores = [], []
-    while len(contacts[0]):
-        pairs, heights, numbers, count = _merge_mutual(*contacts, sizes, *how)
-        if count > 0.9 * len(sizes): break
+    labels, sizes, contacts, histograms = np.arange(len(graph.sizes)), graph.sizes, graph.contacts.copy(), graph.histograms.copy()
+    merges, scores, shrinks = [], [], len(contacts) > 0
+    while shrinks:
+        pairs, heights, numbers, count = _merge_mutual(contacts, histograms, sizes, *how)
         merges.append(labels[pairs]), scores.append(heights)
-        contacts = _combined(numbers[contacts[0]], *contacts[1:], count)
+        contacts, histograms = _combined(contacts, histograms, count)
+        shrinks = count < 0.9 * len(sizes)
         sizes, labels = np.bincount(numbers, sizes).astype(np.int64), labels[np.unique(numbers, return_index=True)[1]]
-    pairs, heights = _merge(*(array.copy() for array in contacts), sizes.copy(), *how)
+    pairs, heights = _merge(contacts, histograms, sizes, *how)
     merges, scores = np.concatenate([*merges, labels[pairs]]), np.concatenate([*scores, heights])
     _settle(merges, scores, np.ones(len(graph.sizes), np.float32))
     order = np.argsort(-scores, kind="stable")
