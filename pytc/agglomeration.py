@@ -194,12 +194,6 @@ class RegionGraph:
     histograms: np.ndarray # (N, 64) of their logits, or (N, 0)
     sizes: np.ndarray      # voxels of each label, from 0 on
 
-    @property
-    def pairs(self): return self.contacts[:, :2].astype(np.int64)
-
-    @property
-    def mean(self): return self.contacts[:, _SUM] / self.contacts[:, _COUNT]
-
 
 def region_graph(
     labels,     # (D, H, W): supervoxels, 0 is background
@@ -283,19 +277,27 @@ _SIZE, _DEGREE, _HEAD = range(3)
 
 
 @njit(cache=True, nogil=True)
-def _merge(contacts, histograms, sizes, kind, quantile, small):
-    "Pairs (kept, given up) in the order of merging, one by one, and their scores; contacts and histograms are overwritten."
-    edges, room = len(contacts), 16
-    while room < 3 * edges: room *= 2
-    table = np.zeros(room, np.uint32)
-    used = _fill(table, contacts)
-    nodes, following, listed = np.zeros((len(sizes), 3), np.int64), np.empty((edges, 2), np.int32), np.empty(edges, np.float32)
+def _chained(contacts, sizes):
+    "Of each node its size, its number of contacts and the last of them, 2 · row + side; and of each side of a contact the one before."
+    nodes, following = np.zeros((len(sizes), 3), np.int64), np.empty((len(contacts), 2), np.int32)
     nodes[:, _SIZE], nodes[:, _HEAD] = sizes, -1
-    for e in range(edges):
+    for e in range(len(contacts)):
         for side in range(2):
             node = nodes[int(contacts[e, side])]
             following[e, side], node[_HEAD] = node[_HEAD], 2 * e + side
             node[_DEGREE] += 1
+    return nodes, following
+
+
+@njit(cache=True, nogil=True)
+def _merge(contacts, histograms, sizes, kind, quantile, small):
+    "Pairs (kept, given up) in the order of merging, one by one, and their scores; contacts and histograms are overwritten."
+    # Long, and in one piece: the heap and its length, the table and its filling are made anew while it runs, and every step needs them all.
+    edges, room = len(contacts), 16
+    while room < 3 * edges: room *= 2
+    table = np.zeros(room, np.uint32)
+    used, (nodes, following), listed = _fill(table, contacts), _chained(contacts, sizes), np.empty(edges, np.float32)
+    for e in range(edges):
         listed[e] = _doubt(kind, quantile, contacts[e], histograms[e], min(sizes[int(contacts[e, _A])], sizes[int(contacts[e, _B])]), small)
         contacts[e, _DOUBT] = listed[e]
     order, position = _sort(listed.view(np.uint32).copy(), np.arange(edges).astype(np.uint32)), 0
@@ -463,7 +465,17 @@ def watershed_agglomeration(
     spec: AffinitySpec = AffinitySpec(), # which voxels each channel joins
 ):
     "Labels (D, H, W) in raster order: supervoxels of the affinities, merged by what the edges between them say, the surest contacts first."
+    return _at_thresholds(affinities, min_size, score=score, small=small, channels=channels, per_section=per_section, spec=spec)(threshold)
+
+
+def _at_thresholds(affinities, min_size=0, **how):
+    "A function from a threshold to the labels; the tree is made once."
     affinities = np.asarray(affinities)
-    _cut(threshold, affinities.dtype)
-    tree = agglomerate(affinities, score, small, channels, per_section, spec)
-    return filter_by_size(tree.cut(threshold / (255 if affinities.dtype == np.uint8 else 1)), min_size)
+    tree = agglomerate(affinities, **how)
+    def labels_at(threshold):
+        _cut(threshold, affinities.dtype)
+        return filter_by_size(tree.cut(threshold / (255 if affinities.dtype == np.uint8 else 1)), min_size)
+    return labels_at
+
+
+watershed_agglomeration.at_thresholds = _at_thresholds

@@ -32,11 +32,9 @@ def at_thresholds(
     **params,   # its parameters, beside the threshold
 ):
     "A function from a threshold to what `decode` gives at it."
-    if name != "watershed_agglomeration" or prediction.dtype == "uint8": return lambda threshold: decode(name, prediction, threshold=threshold, **params)
-    decoders.checked(name, params)
-    min_size = params.pop("min_size", 0)
-    tree = agglomerate(prediction, **params)
-    return lambda threshold: filter_by_size(tree.cut(threshold), min_size)
+    decoder = decoders.checked(name, params)
+    if hasattr(decoder, "at_thresholds"): return decoder.at_thresholds(prediction, **params)
+    return lambda threshold: decoder(prediction, threshold=threshold, **params)
 
 # %% ../nbs/13c_decoding.ipynb #6e923d6f
 def decode_volume(
@@ -53,7 +51,7 @@ def decode_volume(
     one_of(name, decoders, "decoder")
     if name == stored.get("name"): params = {**stored["params"], **params}
     parameters = inspect.signature(decoders[name]).parameters
-    if "threshold" not in params and parameters["threshold"].default is not None: raise PytcError(f"{prediction.url} has no calibrated threshold for {name}; pass threshold=…")
+    if "threshold" not in params and "threshold" in parameters and parameters["threshold"].default is not None: raise PytcError(f"{prediction.url} has no calibrated threshold for {name}; pass threshold=…")
     known = {"kind": "segmentation", "decoder": {"name": name, "params": dict(params)}, "made_by": {"network": None, **prediction.attributes.get("made_by", {})}}
     if whole := finished(out, known): return whole
     if "affinities" in prediction.attributes and "spec" in parameters:
