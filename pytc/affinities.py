@@ -122,5 +122,6 @@ def from_destination(
 
 def check_channels(shape, spec: AffinitySpec):
     "Raise unless `shape` is (C, D, H, W) with as many channels as `spec` has offsets."
+    if not isinstance(spec, AffinitySpec): raise PytcError(f"{spec!r} was given for the spec; write AffinitySpec([[1,0,0],[0,1,0],[0,0,1]]), with an offset for each channel")
     if len(shape) != 4 or shape[0] != len(spec):
         raise PytcError(f"affinities of shape {tuple(shape)} do not fit {len(spec)} offsets {spec.offsets}; expected ({len(spec)}, z, y, x)")

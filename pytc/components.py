@@ -4,14 +4,18 @@
 
 # %% auto #0
 __all__ = ['decoders', 'check_probabilities', 'connected_components_3d', 'nearest_edges', 'filter_by_size', 'absorb_small',
-           'affinities_to_segmentation', 'semantic_to_instance', 'binary_components', 'strongest_class']
+           'affinities_to_segmentation', 'ComponentSlabs']
 
 # %% ../nbs/13_components.ipynb #35b4c90e
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from numbers import Real
+
 import numpy as np
 from numba import njit
 
 from .affinities import AffinitySpec, check_channels, edge_slices
-from .core import PytcError, Registry, one_of
+from .core import PytcError, Registry
 
 # %% ../nbs/13_components.ipynb #2721e8f7
 def _comparable(values):
@@ -32,16 +36,24 @@ def check_probabilities(values):
         raise PytcError(f"the prediction runs from {low:.3g} to {high:.3g}, but probabilities lie in 0…1; apply a sigmoid to logits first")
 
 # %% ../nbs/13_components.ipynb #03b63eb5
-def _cut(threshold, dtype):
-    "The threshold as a value of `dtype`, after checking that it is on the scale of `dtype`."
+def _cut(threshold, dtype, name="threshold"):
+    "The threshold as a value of `dtype`, after checking that it is on the scale of `dtype`; `name` is what the caller calls it."
     if dtype.name not in ("float16", "float32", "float64", "uint8"):
-        raise PytcError(f"affinities of type {dtype} were given; decode float16, float32, float64 (0…1) or uint8 (0…255)")
+        raise PytcError(f"a prediction of type {dtype} was given; decode float16, float32, float64 (0…1) or uint8 (0…255)")
     top = 255 if dtype == np.uint8 else 1
+    if not isinstance(threshold, Real) or isinstance(threshold, bool): raise PytcError(f"{name} {threshold!r} was given; write a number from 0 to {top}")
     if dtype == np.uint8 and 0 < threshold < 1:
-        raise PytcError(f"threshold {threshold} was given for uint8 affinities, whose thresholds are on 0–255; "
+        raise PytcError(f"{name} {threshold} was given for a uint8 prediction, whose thresholds are on 0–255; "
                         f"write {round(threshold * 255)}")
-    if not 0 <= threshold <= top: raise PytcError(f"threshold {threshold} was given for {dtype} affinities; it must lie in 0…{top}")
+    if not 0 <= threshold <= top: raise PytcError(f"{name} {threshold} was given for a prediction of type {dtype}; it must lie in 0…{top}")
     return _comparable(np.array(int(threshold) if top == 255 else threshold, dtype))[()]
+
+
+
+def _check_voxels(**counts):
+    "Raise for a number of voxels that is none."
+    for name, count in counts.items():
+        if not (isinstance(count, Real) and count >= 0): raise PytcError(f"{name}={count!r} was given; write a number of voxels, 0 for no limit")
 
 # %% ../nbs/13_components.ipynb #41e35f0f
 @njit(cache=True, nogil=True)
@@ -102,14 +114,27 @@ def _label_plane(edges, edges_above, labels, labels_above, parents, count):
 
 # %% ../nbs/13_components.ipynb #a603421a
 @njit(cache=True, nogil=True)
-def _number_roots(parents, count):
-    "Replace every provisional number's parent by its final label."
+def _number_roots(parents, sizes, min_size):
+    "Replace every provisional number's parent by its final label, 0 for objects of fewer than `min_size` voxels; returns how many remain."
     objects = 0
-    for label in range(1, count):
-        if parents[label] == label:
+    if min_size:
+        for label in range(parents.size - 1, 0, -1):
+            if parents[label] != label: sizes[parents[label]] += sizes[label]
+    for label in range(1, parents.size):
+        if parents[label] != label: parents[label] = parents[parents[label]]
+        elif min_size and sizes[label] < min_size: parents[label] = 0
+        else:
             objects += 1
             parents[label] = objects
-        else: parents[label] = parents[parents[label]]
+    return objects
+
+
+@njit(cache=True, nogil=True)
+def _count(labels, table, objects):
+    "Voxels of each object from 0 to `objects`, those that `table` names for the labels."
+    sizes = np.zeros(objects + 1, np.int64)
+    for label in labels: sizes[table[label]] += 1
+    return sizes
 
 
 @njit(cache=True, nogil=True)
@@ -131,31 +156,85 @@ def _join_plane(edges, z, cut, joined):
             np.greater(_comparable(edges[c][z]), cut, out=joined[:, c][inside[c]])
 
 
-def _components(edges, threshold):
-    "Labels (D, H, W) of what edges above the threshold join; 0 where no edge does."
-    shape = len(edges[1]), *edges[0].shape[1:]
-    labels = np.empty(shape, _label_type(np.prod(shape)))
-    # A new number is given to a voxel joined to a later one, and that one has three earlier neighbours: at most 3 in 4 voxels.
-    parents, count = np.zeros(3 * labels.size // 4 + 2, labels.dtype), 1
-    joined, above = np.zeros((2, shape[1], 3, shape[2]), bool)
-    cut = _cut(threshold, edges[0].dtype)
-    for z in range(len(labels)):
-        _join_plane(edges, z, cut, joined)
-        count = _label_plane(joined, above, labels[z], labels[z - 1], parents, count)
+def _label_slab(edges, first, labels, cut):
+    "Fill `labels`, of planes from `first` on, with provisional numbers; returns of each number its object, counted from 1, and how many objects there are."
+    joined, above = np.zeros((2, labels.shape[1], 3, labels.shape[2]), bool)
+    # A new number is given to a voxel joined to a later one, and that one has three earlier neighbours: at most 3 in 4 voxels, and any in the first and last plane.
+    parents, count = np.zeros(3 * labels.size // 4 + joined[:, 0].size + 2, labels.dtype), 1
+    for z, plane in enumerate(labels):
+        _join_plane(edges, first + z, cut, joined)
+        leads_on = joined
+        if z == 0 and first:
+            leads_on = joined.copy()
+            leads_on[:, 0] |= _seam(edges, first, cut)
+        count = _label_plane(leads_on, above, plane, labels[z - 1], parents, count)
         joined, above = above, joined
-    _number_roots(parents, count)
-    _look_up(labels.reshape(-1), parents)
-    return labels
+    parents = parents[:count]
+    return parents, _number_roots(parents, parents, 0)
+
+
+def _seam(edges, z, cut):
+    "Which voxels of plane `z` are joined to the plane before."
+    return _comparable(edges[0][z - 1]) > cut
 
 # %% ../nbs/13_components.ipynb #3e7161c5
+class _Objects:
+    "Objects of slabs that follow each other, and which of them are the same."
+
+    def __init__(self, dtype): self.parents, self.sizes = np.zeros(1, dtype), np.zeros(1, np.int64)
+
+    def add(self, sizes):
+        "Take the objects of another slab, whose voxels are `sizes[1:]`; returns what must be added to their numbers."
+        before = len(self.parents) - 1
+        self.parents = np.append(self.parents, np.arange(before + 1, before + len(sizes), dtype=self.parents.dtype))
+        self.sizes = np.append(self.sizes, sizes[1:])
+        return before
+
+    def join(self, above, below):
+        "From now on the objects in the same place of two arrays are the same."
+        _join_all(self.parents, above, below)
+
+    def table(self, min_size):
+        "Of each object its final label; those of fewer than `min_size` voxels become background."
+        parents = self.parents.copy()
+        _number_roots(parents, self.sizes.copy(), min_size)
+        return parents
+
+
+@njit(cache=True, nogil=True)
+def _join_all(parents, above, below):
+    for i in range(above.size): _join(parents, above[i], below[i])
+
+
+def _components(edges, threshold, min_size=0, threads=1):
+    "Labels (D, H, W) of what edges above the threshold join; 0 where no edge does, and in objects of fewer than `min_size` voxels."
+    shape = len(edges[1]), *edges[0].shape[1:]
+    labels, cut = np.empty(shape, _label_type(np.prod(shape))), _cut(threshold, edges[0].dtype)
+    starts = np.linspace(0, len(labels), max(1, min(threads, len(labels))) + 1).astype(int)
+    slabs, objects, ids = [labels[a:b] for a, b in pairwise(starts)], _Objects(labels.dtype), []
+    with ThreadPoolExecutor(len(slabs)) as pool:
+        found = list(pool.map(lambda first, slab: _label_slab(edges, first, slab, cut), starts, slabs))
+        sizes = pool.map(lambda slab, made: _count(slab.reshape(-1), *made) if min_size else np.zeros(made[1] + 1, int), slabs, found)
+        for (table, _), size in zip(found, sizes): ids.append(np.where(table > 0, table + labels.dtype.type(objects.add(size)), 0))
+        for i, z in enumerate(starts[1:-1]):
+            seam = _seam(edges, z, cut)
+            objects.join(ids[i][labels[z - 1][seam]], ids[i + 1][labels[z][seam]])
+        final = objects.table(min_size)
+        list(pool.map(lambda slab, table: _look_up(slab.reshape(-1), final[table]), slabs, ids))
+    return labels
+
+# %% ../nbs/13_components.ipynb #4f2cb31b
 def connected_components_3d(
     affinities,    # (3, D, H, W): the edges to the next voxel along z, y and x, stored at the first of the two
     threshold=0.5, # an edge joins when it is strictly above; 0…1, for uint8 affinities 0…255
+    min_size=0,    # voxels; smaller objects become 0
+    threads=1,     # so many slabs at a time; the labels are the same
 ):
     "(D, H, W) uint32 (uint64 beyond 2³² voxels): 6-connected components of the affinity graph in raster order; a voxel without edges is 0."
     affinities = np.asarray(affinities)
     check_channels(affinities.shape, AffinitySpec())
-    return _components([affinities[0, :-1], affinities[1, :, :-1], affinities[2, :, :, :-1]], threshold)
+    _check_voxels(min_size=min_size)
+    return _components([affinities[0, :-1], affinities[1, :, :-1], affinities[2, :, :, :-1]], threshold, min_size, threads)
 
 # %% ../nbs/13_components.ipynb #3f154a16
 def nearest_edges(
@@ -198,25 +277,6 @@ def _sizes(labels, sizes, order):
     return found
 
 # %% ../nbs/13_components.ipynb #2c316c72
-def filter_by_size(
-    labels,        # whole numbers of any shape and type; 0 is background
-    min_size: int, # voxels; smaller objects become 0
-):
-    "Labels without the objects of fewer than `min_size` voxels, numbered afresh in raster order."
-    labels = np.asarray(labels)
-    if labels.dtype.kind not in "iu" or labels.min(initial=0) < 0:
-        raise PytcError(f"labels of type {labels.dtype} from {labels.min(initial=0)} were given; "
-                        "sizes are counted of whole numbers from 0 up")
-    if labels.size == 0: return np.zeros(labels.shape, np.uint32)
-    compact = labels if labels.max() <= labels.size else _renumber(labels)
-    sizes, order = np.zeros((2, int(compact.max()) + 1), np.int64)
-    order = order[:_sizes(compact.reshape(-1), sizes, order)]
-    kept = order[sizes[order] >= min_size]
-    table = np.zeros(len(sizes), _label_type(len(kept)))
-    table[kept] = np.arange(1, len(kept) + 1)
-    return table[compact]
-
-# %% ../nbs/13_components.ipynb #ba26eeae
 @njit(cache=True, nogil=True)
 def _join_small(first, second, sizes, parents, limit):
     "Join the parts at the two ends of each edge, in the given order, where one of them has fewer than `limit` voxels."
@@ -228,6 +288,48 @@ def _join_small(first, second, sizes, parents, limit):
     for part in range(parents.size): parents[part] = _root(parents, part)
 
 
+def _give_away(labels, limit):
+    "Labels in which each object of fewer than `limit` voxels is part of the neighbour it shares most faces with."
+    sizes, faces = np.bincount(labels.ravel()), []
+    small = sizes < limit
+    for axis in range(labels.ndim):
+        along = np.moveaxis(labels, axis, 0)
+        a, b = along[:-1], along[1:]
+        open_face = (a != b) & (a > 0) & (b > 0) & (small[a] | small[b])
+        faces.append(np.sort(np.stack([a[open_face], b[open_face]]), axis=0))
+    pairs, count = np.unique(np.concatenate(faces, axis=1), axis=1, return_counts=True)
+    order, parents = np.argsort(-count, kind="stable"), np.arange(len(sizes))
+    _join_small(*pairs[:, order].astype(np.int64), sizes, parents, limit)
+    return parents[labels]
+
+# %% ../nbs/13_components.ipynb #2e1ece46
+def _checked_labels(labels):
+    "Labels as an array in the machine's byte order; raises unless they are whole numbers from 0 up."
+    labels = np.asarray(labels)
+    if labels.dtype.kind in "iu" and labels.min(initial=0) >= 0: return labels.astype(labels.dtype.newbyteorder("="), copy=False)
+    begin = f" from {labels.min()}" if labels.dtype.kind in "if" and labels.size else ""
+    raise PytcError(f"labels of type {labels.dtype}{begin} were given; expected whole numbers from 0 up")
+
+
+def filter_by_size(
+    labels,        # whole numbers of any shape and type; 0 is background
+    min_size: int, # voxels; smaller objects become 0
+    merge=False,   # or rather, of those that touch another, a part of the one they share most faces with
+):
+    "Labels without the objects of fewer than `min_size` voxels, numbered afresh in raster order."
+    labels = _checked_labels(labels)
+    _check_voxels(min_size=min_size)
+    if labels.size == 0: return np.zeros(labels.shape, np.uint32)
+    compact = labels if labels.max() <= labels.size else _renumber(labels)
+    if merge: compact = _give_away(compact, min_size)
+    sizes, order = np.zeros((2, int(compact.max()) + 1), np.int64)
+    order = order[:_sizes(compact.reshape(-1), sizes, order)]
+    kept = order[sizes[order] >= min_size]
+    table = np.zeros(len(sizes), _label_type(len(kept)))
+    table[kept] = np.arange(1, len(kept) + 1)
+    return table[compact]
+
+# %% ../nbs/13_components.ipynb #ba26eeae
 def absorb_small(
     labels,     # (D, H, W)
     affinities, # (C, D, H, W)
@@ -235,16 +337,22 @@ def absorb_small(
     spec: AffinitySpec = AffinitySpec(),
 ):
     "Labels in raster order, in which every small part belongs to the neighbour it is joined to most strongly, the strongest edges first."
-    parts = labels.astype(np.int64)
+    labels, edges = _checked_labels(labels), nearest_edges(np.asarray(affinities), spec)
+    if labels.shape != np.shape(affinities)[1:]: raise PytcError(f"labels of shape {labels.shape} were given for affinities of {np.shape(affinities)[1:]}; give those of the same voxels")
+    for one in edges: check_probabilities(one)
+    _check_voxels(limit=limit)
+    parts = (labels if labels.max(initial=0) <= labels.size else _renumber(labels)).astype(np.int64)
+    # A voxel of no object is none by itself; nothing is smaller than one voxel.
+    if limit < 2: return filter_by_size(parts, 0)
     alone = parts == 0
     parts[alone] = parts.max(initial=0) + 1 + np.arange(np.count_nonzero(alone))
     sizes = np.bincount(parts.ravel())
     small, ends, strengths = (sizes < limit)[parts], [], []
-    for axis, edges in enumerate(nearest_edges(affinities, spec)):
+    for axis, along in enumerate(edges):
         source, partner = edge_slices(AffinitySpec().offsets[axis], labels.shape)
         open_edge = (parts[source] != parts[partner]) & (small[source] | small[partner])
         ends.append((parts[source][open_edge], parts[partner][open_edge]))
-        strengths.append(edges[open_edge].astype(np.float32))
+        strengths.append(along[open_edge].astype(np.float32))
     (first, second), strength = map(np.concatenate, zip(*ends)), np.concatenate(strengths)
     order, parents = np.argsort(-strength, kind="stable"), np.arange(len(sizes))
     _join_small(first[order], second[order], sizes, parents, limit)
@@ -268,52 +376,45 @@ def affinities_to_segmentation(
         raise PytcError(f"affinities of shape {affinities.shape} came without a spec; "
                         "pass spec=AffinitySpec([...]) with one offset per channel")
     spec = spec or AffinitySpec()
-    labels = _components(nearest_edges(affinities, spec), threshold)
-    if absorb: labels = absorb_small(labels, affinities, absorb, spec)
-    # An object of one voxel has no edge, so the smallest have two.
-    return filter_by_size(labels, min_size) if min_size > 2 else labels
+    _check_voxels(min_size=min_size, absorb=absorb)
+    edges = nearest_edges(affinities, spec)
+    if not absorb: return _components(edges, threshold, min_size)
+    return filter_by_size(absorb_small(_components(edges, threshold), affinities, absorb, spec), min_size)
 
-# %% ../nbs/13_components.ipynb #a1234dd5
-def semantic_to_instance(
-    mask,          # (D, H, W) bool, or whole numbers with one value beside 0
-    min_size=100,  # voxels; smaller objects become background
-    method="cc3d", # 6-connected components
-):
-    "Labels (D, H, W) of the pieces of a binary mask, in raster order."
-    import cc3d
-    one_of(method, ["cc3d"], "method")
-    mask = np.asarray(mask)
-    if mask.ndim != 3 or mask.dtype.kind not in "biu" or ((mask != 0) & (mask != mask.max(initial=0))).any():
-        raise PytcError(f"a mask of shape {mask.shape} and type {mask.dtype} was given; "
-                        "expected (z, y, x) with one value beside 0, so apply a threshold first")
-    if mask.size == 0: return np.zeros(mask.shape, np.uint32)
-    return filter_by_size(cc3d.connected_components(mask != 0, connectivity=6), min_size)
+# %% ../nbs/13_components.ipynb #4adb97c6
+class ComponentSlabs:
+    "The components of affinities that come slab by slab; parameters as of `affinities_to_segmentation`."
+
+    def __init__(self, threshold=0.5, min_size=0, spec: AffinitySpec = AffinitySpec()):
+        _check_voxels(min_size=min_size)
+        self.threshold, self.min_size, self.spec, self.objects = threshold, min_size, spec, _Objects(np.uint64)
+
+    def add(
+        self,
+        affinities,   # (C, D, H, W), the next slab with a plane of the one before and of the one after
+        inner: slice, # planes that are its own
+    ):
+        "Provisional labels, uint64, of its own planes."
+        edges, cut = nearest_edges(affinities, self.spec), _cut(self.threshold, affinities.dtype)
+        labels = np.empty((inner.stop - inner.start, *affinities.shape[2:]), np.uint64)
+        table, count = _label_slab(edges, inner.start, labels, cut)
+        before = self.objects.add(_count(labels.reshape(-1), table, count))
+        _look_up(labels.reshape(-1), np.where(table > 0, table + np.uint64(before), 0))
+        if inner.start:
+            seam = _seam(edges, inner.start, cut)
+            self.objects.join(self.last[seam], labels[0][seam])
+        self.last = labels[-1].copy()
+        return labels
+
+    def table(self):
+        "Of each provisional label the final one."
+        return self.objects.table(self.min_size)
 
 
-@decoders.register("binary_components")
-def binary_components(
-    foreground,    # (D, H, W) or (1, D, H, W)
-    threshold=0.5, # strictly above is foreground; 0…1, for uint8 0…255
-    min_size=0,    # voxels; smaller objects become background
-):
-    "Labels (D, H, W): 6-connected pieces of the voxels above the threshold."
-    foreground = np.asarray(foreground)
-    if foreground.ndim == 4 and len(foreground) == 1: foreground = foreground[0]
-    if foreground.ndim != 3: raise PytcError(f"a foreground of shape {foreground.shape} was given; expected (z, y, x) or one channel of it")
-    cut = _cut(threshold, foreground.dtype)
-    check_probabilities(foreground)
-    return semantic_to_instance(_comparable(foreground) > cut, min_size)
+def _component_slabs(absorb=0, **params):
+    # Which neighbour a small part belongs to is only known where all of both is seen.
+    return None if absorb else ComponentSlabs(**params)
 
-# %% ../nbs/13_components.ipynb #df11437e
-@decoders.register("strongest_class")
-def strongest_class(
-    classes,       # (C, D, H, W)
-    threshold=0.5, # a class must be strictly above; 0…1, for uint8 0…255
-):
-    "uint32 (D, H, W): the number, from 1, of the channel with the highest value (the first of equal ones), 0 where none is above the threshold."
-    classes = np.asarray(classes)
-    if classes.ndim != 4 or not len(classes): raise PytcError(f"classes of shape {classes.shape} were given; expected (classes, z, y, x)")
-    cut = _cut(threshold, classes.dtype)
-    check_probabilities(classes)
-    classes = _comparable(classes)
-    return np.where(classes.max(0) > cut, classes.argmax(0) + 1, 0).astype(np.uint32)
+
+affinities_to_segmentation.slabs = _component_slabs
+affinities_to_segmentation.bytes_per_voxel = 80 # of memory, where small parts are absorbed
