@@ -18,7 +18,7 @@ def _thresholds(threshold, spec, dtype):
     "float32 (C,), 0…1: above it a channel's affinity attracts, below it repels."
     if threshold is None: return np.array([float(sum(map(abs, offset)) > 1) for offset in spec.offsets], np.float32)
     if np.size(threshold) not in (1, len(spec)): raise PytcError(f"{np.size(threshold)} thresholds were given; give one, or one for each of the {len(spec)} channels")
-    for one in np.ravel(threshold): _cut(float(one), dtype)
+    for one in np.ravel(threshold).tolist(): _cut(one, dtype)
     return np.broadcast_to(np.asarray(threshold, np.float32) / (255 if dtype == np.uint8 else 1), len(spec))
 
 # %% ../nbs/13a_mutex_watershed.ipynb #13b3b2a7
@@ -172,12 +172,13 @@ def mutex_watershed(
     "Labels (D, H, W) in raster order: the mutex watershed (Wolf et al. 2018)."
     affinities = np.asarray(affinities)
     check_channels(affinities.shape, spec)
+    _cut(0, affinities.dtype) # refuses a type without a scale
     check_probabilities(affinities)
     shape, biases = affinities.shape[1:], _thresholds(threshold, spec, affinities.dtype)
     affinities = np.ascontiguousarray(affinities, None if affinities.dtype == np.uint8 else np.float32)
+    if mask is not None and np.shape(mask) != shape: raise PytcError(f"a mask of shape {np.shape(mask)} was given for affinities of {shape}; give one of the same voxels")
     mask = np.empty((0, 0, 0), bool) if mask is None else np.ascontiguousarray(np.asarray(mask) > 0)
-    if mask.size and mask.shape != shape: raise PytcError(f"a mask of shape {mask.shape} was given for affinities of {shape}; give one of the same voxels")
-    if len(strides) != 3 or min(strides) < 1: raise PytcError(f"strides {strides} were given; give three whole numbers from 1, for z, y and x")
+    if np.shape(strides) != (3,) or np.asarray(strides).dtype.kind not in "iu" or min(strides) < 1: raise PytcError(f"strides {strides} were given; give three whole numbers from 1, for z, y and x")
     if np.prod(shape) > 1 << 32: raise PytcError(f"{shape} are more than 2³² voxels; decode them block by block")
     every = np.array([strides if sum(map(abs, offset)) > 1 else (1, 1, 1) for offset in spec.offsets], np.int64)
     steps = np.array([(z * shape[1] + y) * shape[2] + x for z, y, x in spec.offsets], np.int64)
@@ -187,3 +188,4 @@ def mutex_watershed(
     return filter_by_size(_numbered(parents, mask.reshape(-1)).reshape(shape), min_size)
 
 
+mutex_watershed.bytes_per_voxel = 90 # of memory, for six channels
