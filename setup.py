@@ -25,6 +25,6 @@ setup(
     package_dir={"pytc.tutorials": "tutorials"},
     package_data={"pytc.tutorials": ["*.ipynb", "*.yaml", "*.h5", "*.npz", "*.md", "*.ckpt", "tiles/*"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    extras_require={"dev": cfg["dev_requirements"].split(), "multicut": cfg["multicut_requirements"].split()},
     entry_points={"console_scripts": cfg["console_scripts"].split()},
 )
