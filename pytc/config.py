@@ -202,8 +202,9 @@ class Inference:
 
 @dataclass
 class Decoding:
-    name: str = "connected_components"
+    name: Optional[str] = None # default: the decoder of the target, or of its set of heads
     params: dict[str, Any] = field(default_factory=dict)
+    channels: list[str] = field(default_factory=list) # of several heads, what is decoded: names of heads or of channels; default: what the default decoder reads
 
 
 @dataclass

@@ -7,7 +7,7 @@ __all__ = ['targets', 'Target', 'LabelTarget', 'build_target', 'AffinityTarget',
            'DistanceTarget', 'InstanceDistanceTarget', 'SemanticDistanceTarget', 'SignedDistanceTarget',
            'SkeletonDistanceTarget', 'FlowTarget', 'LocalShapeTarget', 'SmallObjectTarget', 'ThinProcessTarget',
            'with_voxel_size', 'TargetOfTarget', 'ErodedTarget', 'QuantizedTarget', 'from_levels', 'WeightedTarget',
-           'HeadsTarget']
+           'decoded_heads', 'HeadsTarget']
 
 # %% ../nbs/06_targets.ipynb #8c8b26b8
 import inspect
@@ -71,12 +71,12 @@ def build_target(
 # %% ../nbs/06_targets.ipynb #0ae3ca2d
 @targets.register("affinity")
 class AffinityTarget(LabelTarget):
-    "Affinities in the convention of `AffinitySpec`; decoded by `connected_components`. With `connected`, edges between pieces of an object that do not meet in view are unknown."
-    decoder = "connected_components"
+    "Affinities in the convention of `AffinitySpec`; decoded by `connected_components`, with long edges by `watershed_agglomeration`. With `connected`, edges between pieces of an object that do not meet in view are unknown."
 
     def __init__(self, offsets="short", connected=False, unknown=-1):
         self.spec, self.connected, self.unknown = AffinitySpec(offsets), connected, unknown
         self.channels = self.spec.names
+        self.decoder = "watershed_agglomeration" if any(sum(map(abs, offset)) > 1 for offset in self.spec.offsets) else "connected_components"
         # Symmetric, so that it still suffices after a flip.
         self.context = tuple(max(pair) for pair in zip(*self.spec.reach))
 
@@ -159,8 +159,8 @@ class DistanceTarget(LabelTarget):
 # %% ../nbs/06_targets.ipynb #55f01a49
 @targets.register("instance_distance")
 class InstanceDistanceTarget(DistanceTarget):
-    "Distance to the nearest voxel of another label, see `instance_distance`; above 0.5 lie the middles of thick objects."
-    measure = staticmethod(instance_distance)
+    "Distance to the nearest voxel of another label, see `instance_distance`; decoded by `distance_watershed`, whose threshold is the ground that objects rise from."
+    measure, decoder = staticmethod(instance_distance), "distance_watershed"
 
 
 @targets.register("semantic_distance")
@@ -193,7 +193,7 @@ class SkeletonDistanceTarget(DistanceTarget):
 @targets.register("flow")
 class FlowTarget(LabelTarget):
     "Slope of the distance to the border, a channel per axis, 0.5 for none, see `flow`."
-    graded, no_inverse = True, "vectors part at every neck of one object as they do between two"
+    graded, no_inverse = True, "where it does not flow there may be nothing or a middle; with a foreground beside it, it has one"
 
     def __init__(self, voxel_size=None, reach=80, sections=False, unknown=-1):
         self.params = dict(voxel_size=check_voxel_size(voxel_size), reach=reach, sections=sections, unknown=unknown)
@@ -353,10 +353,25 @@ class WeightedTarget(TargetOfTarget):
         return Target(inner.values, mask)
 
 # %% ../nbs/06_targets.ipynb #114aa13e
+_TOGETHER = [("contour_watershed", ("foreground", "boundary", "distance")), ("contour_watershed", ("foreground", "boundary")),
+             ("flow_agglomeration", ("foreground", "flow_z", "flow_y", "flow_x")), ("flow_agglomeration", ("foreground", "flow_y", "flow_x"))]
+
+
+def decoded_heads(heads):
+    "The default decoder of some heads (name -> target), and the names of those that it reads, in its order; `(None, [])` if no head has one."
+    for name, target in heads.items():
+        if target.spec: return target.decoder, [name]
+    own = [(channel, name) for name, target in heads.items() for channel in target.channels]
+    place = {channel: name for channel, name in own if sum(channel == other for other, _ in own) == 1}
+    for decoder, channels in _TOGETHER:
+        names = list(dict.fromkeys(place.get(channel) for channel in channels))
+        if None not in names and sum((tuple(heads[name].channels) for name in names), ()) == channels: return decoder, names
+    return next(((target.decoder, [name]) for name, target in heads.items() if target.decoder), (None, []))
+
+
 @targets.register("heads")
 class HeadsTarget(LabelTarget):
     "Several targets, their channels one after the other; `split` cuts a prediction into those of each head."
-    no_inverse = "each head has its own: split the channels first"
 
     def __init__(
         self,
@@ -376,12 +391,14 @@ class HeadsTarget(LabelTarget):
         if twice: raise PytcError(f"several heads have a channel {', '.join(twice)}; name one of them: {{name: …, as: …}}")
         self.channels = tuple(channels)
         self.context = tuple(max(each) for each in zip(*(target.context for target in self.heads.values())))
+        self.decoder, self.decoded = decoded_heads(self.heads)
+        self.no_inverse = None if self.decoder else "no head of it has a decoder"
 
     @property
     def attributes(self):
         place = {name: [channels.start, channels.stop] for name, channels in self.slices.items()}
         return {"heads": [{"name": name, "channels": place[name], "decoder": target.decoder, **target.attributes}
-                          for name, target in self.heads.items()]}
+                          for name, target in self.heads.items()], "decoded": self.decoded}
 
     @property
     def parts(self): return {name: (self.slices[name], target.bearings) for name, target in self.heads.items()}

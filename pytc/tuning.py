@@ -9,7 +9,7 @@ __all__ = ['default_thresholds', 'truth_of', 'threshold_sweep']
 import numpy as np
 
 from .core import PytcError, one_of
-from .decoding import at_thresholds
+from .decoding import at_thresholds, decoders
 from .metrics import connected_parts, contingency, evaluate_instance
 from .regions import read_labels
 
@@ -32,10 +32,17 @@ def truth_of(
     return connected_parts(labels) if cfg.evaluation.relabel_truth else labels
 
 # %% ../nbs/16_tuning.ipynb #bad77a14
+def _usual(decoder, dtype):
+    "The thresholds that are worth trying with a decoder."
+    own = getattr(decoders[decoder], "thresholds", None)
+    if own is None: return default_thresholds(dtype)
+    return [float(t) for t in (np.unique(np.floor(255 * np.array(own))) if dtype == np.uint8 else own)]
+
+
 def threshold_sweep(
     affinities,        # (C, D, H, W), predicted
     labels,            # (D, H, W), true; 0 is not scored
-    thresholds=None,   # to try; `default_thresholds` of the type of the affinities
+    thresholds=None,   # to try; those of the decoder, or else `default_thresholds`, for the type of the affinities
     metric="voi_sum",  # what is smallest at the best threshold: voi_sum, voi_split, voi_merge or adapted_rand_error
     mask=None,         # (D, H, W); only voxels that are not 0 are scored
     decoder="connected_components", # its name
@@ -44,7 +51,7 @@ def threshold_sweep(
     "`best_threshold`, its `best_metrics`, `all_results` (a dict per threshold, ascending), `at_edge`: the best is first or last."
     one_of(metric, ["voi_sum", "voi_split", "voi_merge", "adapted_rand_error"], "metric")
     affinities = np.asarray(affinities)
-    thresholds = sorted(set(default_thresholds(affinities.dtype) if thresholds is None else map(float, thresholds)))
+    thresholds = sorted(set(_usual(decoder, affinities.dtype) if thresholds is None else map(float, thresholds)))
     if not thresholds: raise PytcError("no threshold was given; pass some, or thresholds=None for the default ones")
     # Where nothing is scored, every threshold would look perfect.
     if contingency(labels, labels, mask).total == 0:
