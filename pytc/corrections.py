@@ -168,7 +168,9 @@ def divided(
     fragments = fragments.copy()
     fragments[box][parts >= 0] = first + parts[parts >= 0]
     edges = np.ones((len(spec), *parts.shape), np.float32)
-    pairs = region_graph(np.ascontiguousarray(fragments[box]), edges, spec).contacts[:, :3]
+    names, numbers = np.unique(np.append(0, fragments[box]), return_inverse=True)
+    pairs = region_graph(numbers[1:].reshape(parts.shape).astype(np.uint32), edges, spec).contacts[:, :3]
+    pairs[:, :2] = names[pairs[:, :2].astype(np.int64)]
     whole = (contacts[:, :2] == label).any(axis=1)
     known = {int(a + b) - label: (mean, merge) for a, b, _, mean, merge in contacts[whole]}
     fresh = [(a, b, count, *((1, -1) if a >= first else known[a])) for a, b, count in pairs if b >= first and (a >= first or a in known)]
