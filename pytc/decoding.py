@@ -68,10 +68,13 @@ def told(
     voxel_size=None, # nm (z, y, x)
 ) -> dict:
     "The parameters of a decoder that follow from its prediction."
-    accepts = inspect.signature(decoders[name]).parameters
-    if "spec" in accepts and spec is None: raise PytcError(f"{name} reads affinities, and these channels are not; name others, or one of {', '.join(n for n in decoders if 'spec' not in inspect.signature(decoders[n]).parameters)}")
-    if "spec" not in accepts and spec is not None: raise PytcError(f"{name} does not read affinities; choose one of {', '.join(n for n in decoders if 'spec' in inspect.signature(decoders[n]).parameters)}, or other channels")
-    return {**({"spec": spec} if "spec" in accepts else {}), **({"voxel_size": voxel_size} if "voxel_size" in accepts else {})}
+    affine, others = _takes(name, "spec"), [n for n in decoders if _takes(n, "spec") != _takes(name, "spec")]
+    if affine and spec is None: raise PytcError(f"{name} reads affinities, and these channels are not; name others, or one of {', '.join(others)}")
+    if not affine and spec is not None: raise PytcError(f"{name} does not read affinities; choose one of {', '.join(others)}, or other channels")
+    return {**({"spec": spec} if affine else {}), **({"voxel_size": voxel_size} if _takes(name, "voxel_size") else {})}
+
+
+def _takes(name, parameter): return parameter in inspect.signature(decoders[name]).parameters
 
 
 def configured(
@@ -95,13 +98,15 @@ def decoder_input(
 ):
     "`(values, params)`: the channels of a prediction that are decoded, and what else follows from it for the decoder."
     numbers, spec = chosen_channels(prediction.attributes, channels)
-    values = prediction.read()
-    return values if numbers is None else values[numbers], told(name, _spec_of(name, prediction, spec), prediction.voxel_size)
+    return _taken(prediction.read(), numbers), told(name, _spec_of(name, prediction, spec), prediction.voxel_size)
+
+
+def _taken(values, numbers): return values if numbers is None else values[numbers]
 
 
 def _spec_of(name, prediction, spec):
     "The spec, for arrays of other tools that say nothing of their channels: three are the nearest affinities to a decoder that reads such."
-    if spec is None and "spec" in inspect.signature(decoders[name]).parameters and "channels" not in prediction.attributes and prediction.shape[:-3] == (3,): return AffinitySpec()
+    if spec is None and _takes(name, "spec") and "channels" not in prediction.attributes and prediction.shape[:-3] == (3,): return AffinitySpec()
     return spec
 
 # %% ../nbs/13f_decoding.ipynb #3dc9481a
@@ -117,7 +122,7 @@ def _by_slabs(work, prediction, numbers, out, planes=None):
     slabs = [(a, min(a + planes, depth)) for a in range(0, depth, planes)]
     for a, b in progress(slabs, "decode"):
         values = prediction.read_voxels((max(0, a - 1), 0, 0), (min(b + 1, depth), *section))
-        labels = work.add(values if numbers is None else values[numbers], slice(min(a, 1), min(a, 1) + b - a))
+        labels = work.add(_taken(values, numbers), slice(min(a, 1), min(a, 1) + b - a))
         out.write(labels.astype(out.dtype), (a, 0, 0))
     table = work.table()
     if table is None: return
@@ -166,5 +171,5 @@ def decode_volume(
     with atomic_path(out, lambda: int(np.prod(shape)) * kind.itemsize) as partial:
         made = create_volume(partial, shape, kind, prediction.voxel_size, prediction.offset, attributes=known)
         if work: _by_slabs(work, prediction, numbers, made)
-        else: made.write(decode(name, decoder_input(name, prediction, asked.get("channels", ()))[0], **params))
+        else: made.write(decode(name, _taken(prediction.read(), numbers), **params))
     return open_volume(out)

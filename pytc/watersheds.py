@@ -12,8 +12,8 @@ import numpy as np
 from numba import njit
 
 from .affinities import AffinitySpec
-from .agglomeration import merge_tree, region_graph
-from .components import _cut, _join, _root, check_probabilities, decoders, filter_by_size
+from .agglomeration import _fraction, merge_tree, region_graph
+from .components import _join, _root, check_probabilities, decoders, filter_by_size
 from .core import PytcError
 from .masks import _checked_mask, _foreground, _look_around, _pieces
 
@@ -133,10 +133,7 @@ def _flow_at_thresholds(prediction, foreground=0.5, weak=0.1, min_size=0):
     # Without arrows along z nothing says whether sections belong together.
     axes, offsets = (slice(None), AffinitySpec()) if whole else (slice(1, None), AffinitySpec([[0, 1, 0], [0, 0, 1]]))
     tree = merge_tree(basins, region_graph(basins, flow_affinities(flow)[axes], offsets))
-    def labels_at(threshold):
-        _cut(threshold, prediction.dtype)
-        return filter_by_size(tree.cut(threshold / top), min_size)
-    return labels_at
+    return lambda threshold: filter_by_size(tree.cut(_fraction(threshold, prediction.dtype)), min_size)
 
 
 @decoders.register("flow_agglomeration")
@@ -148,6 +145,7 @@ def flow_agglomeration(
     min_size=0,     # voxels; smaller objects become background
 ):
     "Labels (D, H, W) in raster order: basins of the flow, merged where arrows do not part."
+    _fraction(threshold, np.asarray(prediction).dtype) # refused before the long work
     return _flow_at_thresholds(prediction, foreground, weak, min_size)(threshold)
 
 
