@@ -6,8 +6,11 @@
 __all__ = ['Contingency', 'check_pair', 'contingency']
 
 # %% ../nbs/14_contingency.ipynb #95f35285
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
+from itertools import pairwise
+from operator import add
 
 import numpy as np
 from numba import njit
@@ -126,13 +129,18 @@ def contingency(
     gt,        # true labels of the same shape; 0 is unlabelled
     mask=None, # of the same shape; only voxels that are not 0 are counted
     ignore_zero_gt=True, # leave voxels out whose truth is 0
+    threads=1, # so many slabs at a time; the table is the same
 ) -> Contingency:
     "The overlaps of a prediction with the truth; uses no memory that grows with the volume."
     seg, gt, mask = check_pair(seg, gt, mask)
-    table = _empty_table()
-    for some_seg, some_gt in _planes(seg, gt, mask):
-        table = _count(some_gt, some_seg, _ONE_EACH, ignore_zero_gt, *table)
-    result = Contingency.of_table(table[0])
+    starts = np.linspace(0, len(gt), max(1, min(threads, len(gt))) + 1).astype(int) if gt.ndim else [0]
+    slabs = [np.s_[a:b] for a, b in pairwise(starts)] or [...]
+    def count(slab):
+        table = _empty_table()
+        for some_seg, some_gt in _planes(seg[slab], gt[slab], None if mask is None else mask[slab]):
+            table = _count(some_gt, some_seg, _ONE_EACH, ignore_zero_gt, *table)
+        return Contingency.of_table(table[0])
+    with ThreadPoolExecutor(len(slabs)) as pool: result = reduce(add, pool.map(count, slabs))
     for name, ids, kind in (("truth", result.gt, gt.dtype), ("prediction", result.seg, seg.dtype)):
         if kind.kind == "i" and ids.max(initial=0) > np.iinfo(kind).max:
             raise PytcError(f"the {name} holds negative labels; leave unknown voxels out with mask=, background is 0")
