@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['offset_presets', 'along_axes', 'AffinitySpec', 'Edge', 'edge_slices', 'check_labels', 'affinities',
-           'from_destination', 'check_channels']
+           'from_destination', 'check_channels', 'noisy_affinities']
 
 # %% ../nbs/05_affinities.ipynb #670bf3d4
 from dataclasses import dataclass
@@ -125,3 +125,17 @@ def check_channels(shape, spec: AffinitySpec):
     if not isinstance(spec, AffinitySpec): raise PytcError(f"{spec!r} was given for the spec; write AffinitySpec([[1,0,0],[0,1,0],[0,0,1]]), with an offset for each channel")
     if len(shape) != 4 or shape[0] != len(spec):
         raise PytcError(f"affinities of shape {tuple(shape)} do not fit {len(spec)} offsets {spec.offsets}; expected ({len(spec)}, z, y, x)")
+
+# %% ../nbs/05_affinities.ipynb #9a5753bb
+def noisy_affinities(
+    labels, # (D, H, W), true; 0 is no object
+    spec: AffinitySpec = AffinitySpec(),
+    noise=1.0, # standard deviation, in logits
+    seed=0,
+):
+    "float32 (C, D, H, W) in 0…1: affinities broadened by a voxel, with smooth noise."
+    from scipy.ndimage import gaussian_filter
+    values, mask = affinities(labels, spec)
+    membrane = gaussian_filter(((values == 0) & (mask == 1)).any(axis=0).astype(np.float32), 1)
+    smooth = gaussian_filter(np.random.default_rng(seed).standard_normal(values.shape), (0, 1, 1, 1))
+    return (1 / (1 + np.exp(20 * membrane - 6 - noise * smooth / smooth.std()))).astype(np.float32)

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['WRITTEN_BY', 'PIXELS', 'VIEW', 'INK', 'BLUE', 'RED', 'GREY', 'STYLE', 'CSS', 'MACROS', 'PAGE', 'CONTENTS', 'present',
-           'read_json', 'read_settings', 'or_reason', 'Scene', 'read_scene', 'worst_first', 'worst_place',
-           'slice_pictures', 'embed', 'length_bar', 'picture_rows', 'object_pictures', 'color_of', 'card',
-           'worst_objects', 'chart', 'inline_svg', 'duration', 'draw_history', 'training_curves', 'chosen_result',
-           'draw_plane', 'draw_thresholds', 'threshold_charts', 'score_part', 'step_part', 'config_lines',
-           'config_part', 'origin_part', 'percent', 'report']
+           'read_json', 'read_settings', 'or_reason', 'Scene', 'read_scene', 'worst_place', 'slice_pictures', 'embed',
+           'length_bar', 'picture_rows', 'object_pictures', 'color_of', 'card', 'worst_objects', 'chart', 'inline_svg',
+           'duration', 'draw_history', 'training_curves', 'chosen_result', 'draw_plane', 'draw_thresholds',
+           'threshold_charts', 'score_part', 'step_part', 'config_lines', 'config_part', 'origin_part', 'percent',
+           'report']
 
 # %% ../nbs/20_reports.ipynb #b731a3ef
 import base64, io, itertools, json, math, re, shlex
@@ -19,8 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from .config import Config, load_config
+from .contingency import contingency
 from .core import PytcError, atomic_path
-from .metrics import contingency
+from .object_errors import worst_first
 from .regions import open_image, open_labels
 from .tuning import truth_of
 from .viewing import bar_length, error_overlay, label_colors, overlay, panel_picture
@@ -129,27 +130,6 @@ def read_scene(run) -> Scene:
         else: notes.append(f"No {name}: it has {array.shape} voxels where the run has {scene.shape}.")
     if image: scene.first = tuple(round((a - b) / v) for a, b, v in zip(grid.offset, image.offset, grid.voxel_size))
     return scene
-
-# %% ../nbs/20_reports.ipynb #23cf60e0
-def worst_first(
-    owners,  # for each pair of overlapping objects, the id of the one that is judged
-    parts,   # the id of the other
-    counts,  # how many voxels they share
-    number: int = 6,
-) -> list:
-    "Dicts `id`, `size`, `lost` (voxels outside the largest part), `bits` (of the VOI), `pieces` [(id, voxels)]; most lost first."
-    ids, owner = np.unique(owners, return_inverse=True)
-    size, largest = np.bincount(owner, counts).astype(np.int64), np.zeros(len(ids), np.int64)
-    np.maximum.at(largest, owner, counts)
-    bits = np.bincount(owner, counts * np.log2(size[owner] / counts)) / max(1, counts.sum())
-    lost, worst = size - largest, []
-    for k in np.lexsort((ids, -lost))[:number]:
-        if lost[k] == 0: break
-        own = np.flatnonzero(owner == k)
-        own = own[np.lexsort((parts[own], -counts[own]))]
-        pieces = [(int(parts[i]), int(counts[i])) for i in own]
-        worst.append({"id": int(ids[k]), "size": int(size[k]), "lost": int(lost[k]), "bits": float(bits[k]), "pieces": pieces})
-    return worst
 
 # %% ../nbs/20_reports.ipynb #e6901ca3
 def worst_place(
@@ -271,7 +251,7 @@ def worst_objects(scene: Scene) -> dict:
               "merged": (table.seg, table.gt, scene.segmentation, scene.truth)}
     result = {}
     for name, (owners, parts, own, other) in judged.items():
-        everything = worst_first(owners, parts, table.counts, number=len(table.counts))
+        everything = worst_first(owners, parts, table.counts)
         total = sum(worst["bits"] for worst in everything)
         cards = [card(scene, worst, own, other, total) for worst in everything[:6]]
         result[name] = {"cards": cards, "number": len(everything), "bits": total}
