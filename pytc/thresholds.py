@@ -6,7 +6,6 @@
 __all__ = ['Hierarchy', 'component_hierarchy', 'tree_hierarchy', 'hierarchy', 'sweep_scores']
 
 # %% ../nbs/15b_thresholds.ipynb #e194b404
-from collections import namedtuple
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +14,7 @@ from numba import njit
 from .affinities import AffinitySpec
 from .agglomeration import _fraction, agglomerate
 from .components import _components, _cut, _root, check_probabilities, nearest_edges
-from .contingency import _grown, _place, contingency
+from .contingency import _grown, _place, _planes, check_pair
 from .core import PytcError
 
 # %% ../nbs/15b_thresholds.ipynb #1fd05615
@@ -147,127 +146,85 @@ def hierarchy(
     return component_hierarchy(prediction, thresholds, **params) if decoder == "connected_components" and not absorb else None
 
 # %% ../nbs/15b_thresholds.ipynb #f2e8ea73
-# Of each object: voxels, those that are scored, its list of pairs and how long that is; of each pair: its true object, its
-# voxels, and the next of the same object. `away` are the voxels of each true object that lie in background.
-_Tally = namedtuple("_Tally", "parents sizes scored head length gt count next away steps")
+# A row for each part and, behind them, for each pair that found its part's own row taken: what a merge needs lies together.
+# Of an object: who it is part of, its voxels, those that are scored, the first of its pairs and how many there are.
+# Of a pair: its true object, the voxels of both, and the next pair of the same object.
+_PARENT, _SIZE, _SCORED, _HEAD, _LENGTH, _GT, _COUNT, _NEXT = range(8)
 _SHORT = 8 # up to so many pairs a list is walked through; those of longer ones are found in a hash table
 _PAIRS_LOG, _OBJECTS_LOG, _PAIRS_SQUARED, _OBJECTS_SQUARED, _OBJECTS = range(5)
 
 
 @njit(cache=True, nogil=True)
-def _log(steps, count):
-    "count · log₂ count as a whole number of steps."
-    return np.int64(round(count * np.log2(count) * steps)) if count > 1 else np.int64(0)
-
-
-@njit(cache=True, nogil=True)
-def _pair_of(tally, table, a, gt):
+def _pair_of(rows, table, a, gt):
     "The pair of object `a` with a true object, -1 if there is none."
-    if tally.length[a] > _SHORT: return np.int64(table[_place(table, np.uint64(gt), np.uint64(a)), 2]) - 1
-    pair = tally.head[a]
-    while pair >= 0 and tally.gt[pair] != gt: pair = tally.next[pair]
+    if rows[a, _LENGTH] > _SHORT: return np.int64(table[_place(table, np.uint64(gt), np.uint64(a)), 2]) - 1
+    pair = np.int64(rows[a, _HEAD])
+    while pair >= 0 and rows[pair, _GT] != gt: pair = np.int64(rows[pair, _NEXT])
     return pair
 
 
 @njit(cache=True, nogil=True)
-def _remember(tally, table, used, a, pair):
+def _remember(rows, table, used, a, pair):
     "Enter a pair of object `a` into the hash table."
-    row = table[_place(table, np.uint64(tally.gt[pair]), np.uint64(a))]
-    used += row[2] == 0
-    row[0], row[1], row[2] = tally.gt[pair], a, pair + 1
+    entry = table[_place(table, np.uint64(rows[pair, _GT]), np.uint64(a))]
+    used += entry[2] == 0
+    entry[0], entry[1], entry[2] = rows[pair, _GT], a, pair + 1
     return (_grown(table) if 2 * used > len(table) else table), used
 
 
 @njit(cache=True, nogil=True)
-def _append(tally, table, used, a, pair):
+def _append(rows, table, used, a, pair):
     "Put a pair into the list of object `a`."
-    tally.next[pair], tally.head[a] = tally.head[a], pair
-    tally.length[a] += 1
-    if tally.length[a] == _SHORT + 1:
+    rows[pair, _NEXT], rows[a, _HEAD] = rows[a, _HEAD], pair
+    rows[a, _LENGTH] += 1
+    if rows[a, _LENGTH] == _SHORT + 1:
         while pair >= 0:
-            table, used = _remember(tally, table, used, a, pair)
-            pair = tally.next[pair]
-    elif tally.length[a] > _SHORT: table, used = _remember(tally, table, used, a, pair)
+            table, used = _remember(rows, table, used, a, pair)
+            pair = np.int64(rows[pair, _NEXT])
+    elif rows[a, _LENGTH] > _SHORT: table, used = _remember(rows, table, used, a, pair)
     return table, used
 
 
 @njit(cache=True, nogil=True)
-def _appear(tally, sums, a):
-    "Object `a` has become large enough to be one: take its voxels out of the background."
-    pair = tally.head[a]
-    while pair >= 0:
-        count = tally.count[pair]
-        tally.away[tally.gt[pair]] -= count
-        sums[_PAIRS_LOG] += _log(tally.steps, count)
-        sums[_PAIRS_SQUARED] += count * count
-        pair = tally.next[pair]
-    sums[_OBJECTS_LOG] += _log(tally.steps, tally.scored[a])
-    sums[_OBJECTS_SQUARED] += tally.scored[a] ** 2
-    sums[_OBJECTS] += tally.scored[a] > 0
+def _enter(parts, gt, rows, free, table, used, numbers, known):
+    "Add every run of equal (part, true object) to the rows; true objects are numbered as they come."
+    i, last, number = 0, gt[0] if gt.size else 0, np.int64(-1)
+    while i < gt.size:
+        part, start = np.int64(parts[i]), i
+        if number < 0 or gt[i] != last:
+            last = gt[i]
+            entry = numbers[_place(numbers, np.uint64(last), np.uint64(0))]
+            if entry[2] == 0:
+                known += 1
+                entry[0], entry[2] = last, known
+            number = np.int64(entry[2]) - 1
+            if 2 * known > len(numbers): numbers = _grown(numbers)
+        while i < gt.size and parts[i] == part and gt[i] == last: i += 1
+        if last == 0: continue
+        pair = _pair_of(rows, table, part, number)
+        if pair < 0:
+            pair = part if rows[part, _COUNT] == 0 else free
+            free += pair == free
+            if free == len(rows): rows = np.concatenate((rows, np.zeros_like(rows)))
+            rows[pair, _GT] = number
+            table, used = _append(rows, table, used, part, pair)
+        rows[pair, _COUNT] += i - start
+        rows[part, _SCORED] += i - start
+    return rows, free, table, used, numbers, known
 
 # %% ../nbs/15b_thresholds.ipynb #f006f672
 @njit(cache=True, nogil=True)
-def _take_over(tally, sums, table, used, a, b, counts):
-    "Move the pairs of object `b` to object `a`; the sums change if they are of objects that count."
-    pair = tally.head[b]
-    while pair >= 0:
-        following, same = tally.next[pair], _pair_of(tally, table, a, tally.gt[pair])
-        if same < 0: table, used = _append(tally, table, used, a, pair)
-        else:
-            old, more = tally.count[same], tally.count[pair]
-            tally.count[same] += more
-            if counts:
-                sums[_PAIRS_LOG] += _log(tally.steps, old + more) - _log(tally.steps, old) - _log(tally.steps, more)
-                sums[_PAIRS_SQUARED] += 2 * old * more
-        pair = following
-    return table, used
+def _log(steps, count):
+    "count · log₂ count as a whole number of steps: the first come from a table, whose last entry says how long a step is."
+    if count < steps.size - 1: return np.int64(steps[count])
+    return np.int64(round(count * np.log2(count) * steps[-1]))
 
 
-@njit(cache=True, nogil=True)
-def _merge_and_count(tally, sums, table, used, first, second, least):
-    "Make joins one after the other and keep the sums true."
-    for i in range(first.size):
-        a, b = _root(tally.parents, first[i]), _root(tally.parents, second[i])
-        if a == b: continue
-        if tally.length[a] < tally.length[b]: a, b = b, a
-        counts = tally.sizes[a] + tally.sizes[b] >= least
-        if counts:
-            for one in (a, b):
-                if tally.sizes[one] < least: _appear(tally, sums, one)
-            here, there = tally.scored[a], tally.scored[b]
-            sums[_OBJECTS_LOG] += _log(tally.steps, here + there) - _log(tally.steps, here) - _log(tally.steps, there)
-            sums[_OBJECTS_SQUARED] += 2 * here * there
-            sums[_OBJECTS] -= here > 0 and there > 0
-        table, used = _take_over(tally, sums, table, used, a, b, counts)
-        tally.parents[b] = a
-        tally.sizes[a] += tally.sizes[b]
-        tally.scored[a] += tally.scored[b]
-    return table, used
-
-# %% ../nbs/15b_thresholds.ipynb #0600567f
-def _tally(hierarchy, table):
-    "The state before the first join: every part alone, all in the background."
-    parts = int(hierarchy.parts.max(initial=0)) + 1
-    order = np.argsort(table.seg, kind="stable")
-    seg, counts = table.seg[order].astype(np.int64), table.counts[order]
-    starts = np.flatnonzero(np.diff(seg, prepend=-1))
-    head, following = np.full(parts, -1), np.arange(1, len(seg) + 1)
-    head[seg[starts]] = starts
-    following[np.append(starts[1:], len(seg))[:len(starts)] - 1] = -1
-    length, scored = np.bincount(seg, minlength=parts), np.bincount(seg, counts, parts).astype(np.int64)
-    objects, gt = np.unique(table.gt[order], return_inverse=True)
-    away = np.bincount(gt, counts, len(objects)).astype(np.int64)
-    total = max(2, table.total)
-    steps = 2.0 ** np.floor(61 - np.log2(total * np.log2(total)))
-    sizes = np.bincount(hierarchy.parts.ravel(), minlength=parts)
-    return _Tally(np.arange(parts), sizes, scored, head, length, gt, counts.copy(), following, away, steps)
-
-
-@njit(cache=True, nogil=True)
-def _start(tally, sums, least):
-    "Count the parts that are objects before any join."
-    for part in range(1, tally.sizes.size):
-        if tally.sizes[part] >= least: _appear(tally, sums, part)
+def _steps(total):
+    "Steps so small that the sums of `total` voxels still fit 62 bits."
+    total = max(2, total)
+    size, counts = 2.0 ** np.floor(61 - np.log2(total * np.log2(total))), np.arange(4096)
+    return np.append(np.round(counts * np.log2(np.maximum(counts, 1)) * size), size)
 
 
 @njit(cache=True, nogil=True)
@@ -279,27 +236,113 @@ def _total(steps, counts):
         squares += count * count
     return logs, squares
 
+
+@njit(cache=True, nogil=True)
+def _appear(rows, sums, away, steps, a):
+    "Object `a` has become large enough to be one: take its voxels out of the background."
+    pair = rows[a, _HEAD]
+    while pair >= 0:
+        count = np.int64(rows[pair, _COUNT])
+        away[rows[pair, _GT]] -= count
+        sums[_PAIRS_LOG] += _log(steps, count)
+        sums[_PAIRS_SQUARED] += count * count
+        pair = rows[pair, _NEXT]
+    scored = np.int64(rows[a, _SCORED])
+    sums[_OBJECTS_LOG] += _log(steps, scored)
+    sums[_OBJECTS_SQUARED] += scored * scored
+    sums[_OBJECTS] += scored > 0
+
+
+@njit(cache=True, nogil=True)
+def _take_over(rows, sums, steps, table, used, a, b, counts):
+    "Move the pairs of object `b` to object `a`; the sums change if they are of objects that count."
+    pair = np.int64(rows[b, _HEAD])
+    while pair >= 0:
+        following, same = np.int64(rows[pair, _NEXT]), _pair_of(rows, table, a, rows[pair, _GT])
+        if same < 0: table, used = _append(rows, table, used, a, pair)
+        else:
+            old, more = np.int64(rows[same, _COUNT]), np.int64(rows[pair, _COUNT])
+            rows[same, _COUNT] = old + more
+            if counts:
+                sums[_PAIRS_LOG] += _log(steps, old + more) - _log(steps, old) - _log(steps, more)
+                sums[_PAIRS_SQUARED] += 2 * old * more
+        pair = following
+    return table, used
+
+# %% ../nbs/15b_thresholds.ipynb #0600567f
+@njit(cache=True, nogil=True)
+def _object(rows, part):
+    "The row of the object that a part is in."
+    while rows[part, _PARENT] != part:
+        rows[part, _PARENT] = rows[rows[part, _PARENT], _PARENT]
+        part = np.int64(rows[part, _PARENT])
+    return part
+
+
+@njit(cache=True, nogil=True)
+def _merge_and_count(rows, sums, away, steps, table, used, first, second, least):
+    "Make joins one after the other and keep the sums true."
+    for i in range(first.size):
+        a, b = _object(rows, np.int64(first[i])), _object(rows, np.int64(second[i]))
+        if a == b: continue
+        if (rows[a, _LENGTH], rows[a, _SIZE]) < (rows[b, _LENGTH], rows[b, _SIZE]): a, b = b, a
+        counts = rows[a, _SIZE] + rows[b, _SIZE] >= least
+        here, there = np.int64(rows[a, _SCORED]), np.int64(rows[b, _SCORED])
+        if counts:
+            for one in (a, b):
+                if rows[one, _SIZE] < least: _appear(rows, sums, away, steps, one)
+            sums[_OBJECTS_LOG] += _log(steps, here + there) - _log(steps, here) - _log(steps, there)
+            sums[_OBJECTS_SQUARED] += 2 * here * there
+            sums[_OBJECTS] -= here > 0 and there > 0
+        table, used = _take_over(rows, sums, steps, table, used, a, b, counts)
+        rows[b, _PARENT] = a
+        rows[a, _SIZE] += rows[b, _SIZE]
+        rows[a, _SCORED] = here + there
+    return table, used
+
+
+@njit(cache=True, nogil=True)
+def _start(parts, rows, count):
+    "Every part alone, with its voxels."
+    for part in range(count):
+        rows[part, _PARENT] = part
+        rows[part, _HEAD] = -1
+    for part in parts: rows[part, _SIZE] += 1
+
+
+@njit(cache=True, nogil=True)
+def _appear_all(rows, sums, away, steps, count, least):
+    "Take the parts that are objects before any join out of the background."
+    for part in range(1, count):
+        if rows[part, _SIZE] >= least: _appear(rows, sums, away, steps, part)
+
 # %% ../nbs/15b_thresholds.ipynb #c5ec3d09
 def sweep_scores(
     hierarchy: Hierarchy,
     labels,    # (D, H, W), true; 0 is not scored
     mask=None, # (D, H, W); only voxels that are not 0 are scored
 ) -> list:
-    "For each threshold, rising, what `evaluate_instance` gives of its objects."
-    overlaps = contingency(hierarchy.parts, labels, mask)
-    if overlaps.total >= 2**31: raise PytcError(f"{overlaps.total} voxels were given; one pass scores fewer than 2³¹, so sweep on a part of them")
-    tally, sums, start, results = _tally(hierarchy, overlaps), np.zeros(5, np.int64), 0, []
-    true_log, true_squared = _total(tally.steps, tally.away)
-    table, used, unit = np.zeros((2**14, 3), np.uint64), 0, max(1, overlaps.total) * tally.steps
-    _start(tally, sums, hierarchy.least)
+    "For each threshold, rising, what `dense_scores` gives of its objects."
+    parts, labels, mask = check_pair(hierarchy.parts, labels, mask)
+    if parts.size >= 2**31: raise PytcError(f"{parts.size} voxels were given; one pass scores fewer than 2³¹, so sweep on a part of them")
+    count, empty = int(parts.max(initial=0)) + 1, lambda: np.zeros((2**14, 3), np.uint64)
+    state = np.zeros((count + 1024, 8), np.int32), count, empty(), 0, empty(), 0
+    _start(parts.reshape(-1), state[0], count)
+    for some_parts, some_gt in _planes(parts, labels, mask): state = _enter(some_parts, some_gt, *state)
+    rows, _, table, used, *_ = state
+    away = np.bincount(rows[:, _GT], rows[:, _COUNT]).astype(np.int64)
+    total, sums, start, results = int(away.sum()), np.zeros(5, np.int64), 0, []
+    steps = _steps(total)
+    (true_log, true_squared), unit = _total(steps, away), max(1, total) * steps[-1]
+    n_objects_gt = np.count_nonzero(away)
+    _appear_all(rows, sums, away, steps, count, hierarchy.least)
     for threshold, stop in zip(hierarchy.thresholds, hierarchy.done):
-        table, used = _merge_and_count(tally, sums, table, used, *hierarchy.joins[:, start:stop], hierarchy.least)
-        start, background = stop, _total(tally.steps, tally.away)
-        behind = _total(tally.steps, tally.away.sum(keepdims=True))
-        pairs, pairs_squared = sums[_PAIRS_LOG] + background[0], sums[_PAIRS_SQUARED] + background[1]
+        table, used = _merge_and_count(rows, sums, away, steps, table, used, *hierarchy.joins[:, start:stop], hierarchy.least)
+        start, background, behind = stop, _total(steps, away), _total(steps, away.sum(keepdims=True))
+        pairs, agree = sums[_PAIRS_LOG] + background[0], int(sums[_PAIRS_SQUARED] + background[1])
         split, merge = float((true_log - pairs) / unit), float((sums[_OBJECTS_LOG] + behind[0] - pairs) / unit)
         both = int(true_squared) + int(sums[_OBJECTS_SQUARED]) + int(behind[1])
         results.append({"threshold": float(threshold), "voi_split": split, "voi_merge": merge, "voi_sum": split + merge,
-                        "adapted_rand_error": 1 - 2 * int(pairs_squared) / both if both else 0.0,
-                        "n_objects_pred": int(sums[_OBJECTS]), "n_objects_gt": len(tally.away)})
+                        "adapted_rand_error": 1 - 2 * agree / both if both else 0.0,
+                        "n_objects_pred": int(sums[_OBJECTS]), "n_objects_gt": int(n_objects_gt)})
     return results[::-1]
