@@ -17,7 +17,7 @@ from scipy.sparse.csgraph import breadth_first_order, connected_components
 from .core import PytcError, atomic_path, one_of, refuse_existing
 from .samples import Skeletons
 from .stores import Store, chunk_cache, kvstore, opened, read_json
-from .viewing import DPI, PANEL_INCHES, grey_levels, label_colors
+from .viewing import DPI, MERGE_RED, PANEL_INCHES, SPLIT_BLUE, grey_levels, label_colors
 from .volumes import Volume
 
 # %% ../nbs/15_skeleton_files.ipynb #08362b24
@@ -25,7 +25,8 @@ def show_skeletons(
     skeletons: Skeletons,
     labels: dict,         # title -> (N,) whole number per node, which colours it; 0 is white
     image: Volume = None, # its middle slice lies behind
-    marks: dict = None,   # title -> {matplotlib marker: (K, 3) positions in nm}
+    splits: dict = None,  # title -> (K, 3) positions in nm, blue crosses
+    mergers: dict = None, # title -> (K, 3) positions in nm, red rings
     axis: int = 0,        # the direction of view: 0, 1 or 2 for z, y or x
 ):
     "Skeletons side by side, each coloured by other labels, as a matplotlib Figure."
@@ -41,8 +42,8 @@ def show_skeletons(
         if image is not None: _slice_behind(axes, image, axis, down, right)
         colors = np.where(np.asarray(of_node)[:, None] == 0, 255, label_colors(of_node)) / 255
         axes.add_collection(LineCollection(halves, colors=colors[np.r_[start, end]], linewidths=1.6))
-        for marker, positions in (marks or {}).get(title, {}).items():
-            axes.scatter(*flat(positions).T, marker=marker, s=60, facecolors="none" if marker == "o" else "white", edgecolors="white", linewidths=1.3)
+        for marks, symbol, size, color in ((splits, "x", 6, SPLIT_BLUE), (mergers, "o", 9, MERGE_RED)):
+            axes.plot(*flat((marks or {}).get(title, [])).T, symbol, color=np.divide(color, 255), markersize=size, fillstyle="none", markeredgewidth=2.2)
         axes.set(title=title, aspect="equal", facecolor="black", xticks=[], yticks=[])
         if image is None:
             axes.autoscale()
