@@ -133,7 +133,7 @@ def _read_pickle(path, unit):
         raise PytcError(f"it holds a {type(graph).__name__}; skeletons are a networkx graph whose nodes have id and nm_position (x, y, z)")
     number = {node: k for k, node in enumerate(graph._node)}
     edges = [(number[node], number.get(other, -1)) for node, others in graph._adj.items() for other in others]
-    arrays = {"node_id": _column(graph, "id"), "edges": np.array(edges, np.int64).reshape(-1, 2), **graph.graph}
+    arrays = {**graph.graph, "node_id": _column(graph, "id"), "edges": np.array(edges, np.int64).reshape(-1, 2)}
     optional = {name: _column(graph, name) for name in ("nm_position", "index_position", "radius_nm")}
     return _of_arrays(arrays | {name: column for name, column in optional.items() if column is not None}, unit, "xyz")
 
@@ -174,10 +174,10 @@ def _joined(parts: list) -> Skeletons:
     "One `Skeletons` from `(ids, positions, edges, radii)`, whose edges count from their own first node; radii of 0 are unknown."
     if not parts: raise PytcError("there is no skeleton in it; give one that holds some")
     first = np.cumsum([0, *(len(ids) for ids, *_ in parts)])
-    ids, positions, edges, radii = (np.concatenate(column) for column in zip(*parts))
-    # A missing node stays one.
-    edges = edges + np.where(edges < 0, 0, np.repeat(first[:-1], [len(e) for _, _, e, _ in parts])[:, None])
-    return Skeletons(ids, positions, edges, radii if radii.any() else None)
+    # A missing node stays one, and does not become a node of the next skeleton.
+    edges = [np.where((own >= 0) & (own < len(ids)), own + start, -1) for (ids, _, own, _), start in zip(parts, first)]
+    ids, positions, _, radii = (np.concatenate(column) for column in zip(*parts))
+    return Skeletons(ids, positions, np.concatenate(edges), radii if radii.any() else None)
 
 # %% ../nbs/15_skeleton_files.ipynb #2a5280d7
 def _each(skeletons: Skeletons):
@@ -215,7 +215,7 @@ def write_swc(
         partial.mkdir()
         for id, positions, edges, radii in _each(skeletons):
             order, parent = _walk(len(positions), edges)
-            number = np.empty(len(order) + 1, np.int64)
+            number = np.empty(len(order) + 1, np.int64)  # the last is that of a root's parent
             number[order], number[-1] = np.arange(1, len(order) + 1), -1
             rows = zip(number[order], positions[order].tolist(), radii[order].tolist(), number[parent[order]])
             lines = [f"{n} 0 {x!r} {y!r} {z!r} {radius!r} {p}" for n, (z, y, x), radius, p in rows]

@@ -41,21 +41,32 @@ def node_labels(
 # %% ../nbs/15a_skeletons.ipynb #09fe794e
 @njit(cache=True, nogil=True)
 def _numbered(values):
-    "`(distinct, which)` of uint64: the distinct values as they appear, and each value's place among them, by a hash table."
+    "`(distinct, which, counts)` of uint64: the distinct values as they appear, each value's place among them, and how often each comes."
     size = 16
     while size < 2 * len(values): size *= 2
     table, last = np.full(size, -1, np.int64), np.uint64(size - 1)
-    distinct, which, count = np.empty_like(values), np.empty(len(values), np.int64), 0
+    distinct, which, counts, used = np.empty_like(values), np.empty(len(values), np.int64), np.zeros(len(values), np.int64), 0
     for i in range(len(values)):
         # A large odd number spreads ids that differ in few bits over the whole table.
         spread = values[i] * np.uint64(0x9E3779B97F4A7C15)
         place = (spread ^ (spread >> np.uint64(32))) & last
         while table[place] >= 0 and distinct[table[place]] != values[i]: place = (place + np.uint64(1)) & last
         if table[place] < 0:
-            table[place], distinct[count] = count, values[i]
-            count += 1
+            table[place], distinct[used] = used, values[i]
+            used += 1
         which[i] = table[place]
-    return distinct[:count], which
+        counts[which[i]] += 1
+    return distinct[:used], which, counts[:used]
+
+
+@njit(cache=True, nogil=True)
+def _follow(pair, pairs, start, end, nm):
+    "`(run, leaves)`: the nm of edges whose ends are in the same of `pairs` pairs, and of every edge whether it leaves its pair."
+    run, leaves = np.zeros(pairs), np.zeros(len(start), np.bool_)
+    for k in range(len(start)):
+        leaves[k] = pair[start[k]] != pair[end[k]]
+        if not leaves[k]: run[pair[start[k]]] += nm[k]
+    return run, leaves
 
 
 class _Runs(NamedTuple):
@@ -130,16 +141,16 @@ class SkeletonMetrics:
     ) -> dict:
         "The same from the labels of the nodes alone."
         labels = self._node_labels(labels)
-        runs, start, end = self._runs(labels), labels[self.start], labels[self.end]
+        runs, leaves = self._runs(labels)
         merged = runs.merged()
         total, best = self.lengths.sum(), float((self.lengths**2).sum())
         split, merge = voi(Contingency(self.ids[runs.skeleton].astype(np.uint64), runs.labels[runs.segment], runs.nodes))
-        splits = (start != end) & (start != 0) & (end != 0)
+        splits = leaves[(labels[self.start[leaves]] != 0) & (labels[self.end[leaves]] != 0)]
         scores = {"nerl": runs.squares() / best, "erl": runs.squares() / total, "max_erl": best / total,
                   "voi_split": split, "voi_merge": merge, "voi_sum": split + merge, "n_mergers": int(merged.sum()),
-                  "n_non0_mergers": int((merged & runs.foreground).sum()), "n_splits": int(splits.sum())}
+                  "n_non0_mergers": int((merged & runs.foreground).sum()), "n_splits": len(splits)}
         scores |= {f"nerl_tol{least}": runs.squares(least) / best for least in _least(tolerances)}
-        return scores | {"details": self._details(labels, runs, np.flatnonzero(splits))} if return_details else scores
+        return scores | {"details": self._details(labels, runs, splits)} if return_details else scores
 
     def _node_labels(self, labels):
         "Labels of the nodes as uint64."
@@ -149,13 +160,13 @@ class SkeletonMetrics:
         if labels.min() < 0: raise PytcError(f"{np.count_nonzero(labels < 0)} nodes have a negative label; background is 0")
         return labels.astype(np.uint64)
 
-    def _runs(self, labels) -> _Runs:
-        segments, segment = _numbered(labels)
-        pairs, pair = _numbered((self.of_node * len(segments) + segment).view(np.uint64))
+    def _runs(self, labels):
+        "`(runs, leaves)`: the table, and the edges that leave their segment."
+        segments, segment, _ = _numbered(labels)
+        pairs, pair, nodes = _numbered((self.of_node * len(segments) + segment).view(np.uint64))
         skeleton, segment = np.divmod(pairs.view(np.int64), len(segments))
-        run = pair[self.start] == pair[self.end]
-        nm = np.bincount(pair[self.start[run]], self.nm[run], len(pairs))
-        return _Runs(skeleton, segment, np.bincount(pair), np.where(segments[segment] != 0, nm, 0), segments)
+        nm, leaves = _follow(pair, len(pairs), self.start, self.end, self.nm)
+        return _Runs(skeleton, segment, nodes, np.where(segments[segment] != 0, nm, 0), segments), np.flatnonzero(leaves)
 
     def _details(self, labels, runs, splits) -> dict:
         "Per skeleton what can be followed, every merger but background and every split; edges with an end in background."
