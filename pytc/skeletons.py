@@ -140,10 +140,10 @@ class SkeletonMetrics:
         return_details=False, tolerances=(),
     ) -> dict:
         "The same from the labels of the nodes alone."
-        labels = self._node_labels(labels)
+        labels = self._checked(labels)
         runs, leaves = self._runs(labels)
         merged = runs.merged()
-        total, best = self.lengths.sum(), float((self.lengths**2).sum())
+        total, best = float(self.lengths.sum()), float((self.lengths**2).sum())
         split, merge = voi(Contingency(self.ids[runs.skeleton].astype(np.uint64), runs.labels[runs.segment], runs.nodes))
         splits = leaves[(labels[self.start[leaves]] != 0) & (labels[self.end[leaves]] != 0)]
         scores = {"nerl": runs.squares() / best, "erl": runs.squares() / total, "max_erl": best / total,
@@ -152,7 +152,7 @@ class SkeletonMetrics:
         scores |= {f"nerl_tol{least}": runs.squares(least) / best for least in _least(tolerances)}
         return scores | {"details": self._details(labels, runs, splits)} if return_details else scores
 
-    def _node_labels(self, labels):
+    def _checked(self, labels):
         "Labels of the nodes as uint64."
         labels, count = np.asarray(labels), len(self.of_node)
         if labels.shape != (count,): raise PytcError(f"labels of shape {labels.shape} were given for {count} nodes; give one per node, see node_labels")
@@ -179,6 +179,7 @@ class SkeletonMetrics:
                 "omitted": edges[(labels[edges] == 0).any(1)]}
 
     def _merger(self, runs, labels, segment) -> Merger:
+        "The merger that is the row `segment` of the labels."
         nodes = np.flatnonzero(labels == runs.labels[segment])
         largest = self.of_node[nodes] == np.bincount(self.of_node[nodes]).argmax()
         here, there = (self.skeletons.positions[nodes[side]] for side in (largest, ~largest))
