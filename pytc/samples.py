@@ -6,13 +6,15 @@
 __all__ = ['Skeletons', 'Synapses', 'MemoryVolume', 'Sample', 'shipped', 'fib25_crop', 'write_sample', 'read_sample']
 
 # %% ../nbs/04_samples.ipynb #8538b292
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 import pytc
-from .core import PytcError, atomic_path, refuse_existing
+from .core import Box, PytcError, atomic_path, refuse_existing
 from .volumes import Volume, create_volume, open_volume
 
 # %% ../nbs/04_samples.ipynb #4c422947
@@ -22,13 +24,13 @@ def _write_arrays(path, **arrays) -> Path:
     return Path(path)
 
 
-def _read_arrays(path, kind: str, names) -> list:
-    "The arrays of these names in an .npz file."
+def _read_arrays(path, kind: str, names, optional=()) -> list:
+    "The arrays of these names in an .npz file; None for an optional one that is not there."
     if not Path(path).exists(): raise PytcError(f"{path} does not exist; give an .npz file with {', '.join(names[:-1])} and {names[-1]}")
     with np.load(path, allow_pickle=False) as file:
         missing = set(names) - set(file)
         if missing: raise PytcError(f"{path} holds {', '.join(file) or 'nothing'}; {kind} also need {', '.join(sorted(missing))}")
-        return [file[name] for name in names]
+        return [file[name] if name in file else None for name in (*names, *optional)]
 
 
 @dataclass(frozen=True)
@@ -37,15 +39,18 @@ class Skeletons:
     ids: np.ndarray
     positions: np.ndarray
     edges: np.ndarray
+    radii: np.ndarray = None      # (N,) nm, where they are known
+    voxel_size: np.ndarray = None # nm (z, y, x) of the voxels that they were traced in, where it is known
 
     def save(self, path):
-        "Write as .npz with the arrays `node_id`, `nm_position`, `edges` and `axes`, atomically; returns the path."
-        return _write_arrays(path, node_id=self.ids, nm_position=self.positions, edges=self.edges)
+        "Write as .npz (`node_id`, `nm_position`, `edges`, `axes`; `radius_nm`, `voxel_size_nm` if known), atomically; returns the path."
+        known = {name: value for name, value in (("radius_nm", self.radii), ("voxel_size_nm", self.voxel_size)) if value is not None}
+        return _write_arrays(path, node_id=self.ids, nm_position=self.positions, edges=self.edges, **known)
 
     @classmethod
     def load(cls, path):
         "Read what `save` wrote."
-        return cls(*_read_arrays(path, "skeletons", ("node_id", "nm_position", "edges")))
+        return cls(*_read_arrays(path, "skeletons", ("node_id", "nm_position", "edges"), ("radius_nm", "voxel_size_nm")))
 
     def to_voxels(self, volume: Volume):
         "(N, 3) indices of the voxel of `volume` that each node lies in (may leave the volume)."
@@ -55,6 +60,25 @@ class Skeletons:
         "(E,) length of each edge in nm."
         ends = self.positions[self.edges].astype(np.float64)
         return np.linalg.norm(ends[:, 1] - ends[:, 0], axis=1)
+
+    def keep(
+        self, kept, # (N,) booleans
+    ):
+        "These nodes and the edges between them."
+        number = np.cumsum(kept) - 1
+        radii = None if self.radii is None else self.radii[kept]
+        return replace(self, ids=self.ids[kept], positions=self.positions[kept], edges=number[self.edges[kept[self.edges].all(1)]], radii=radii)
+
+    def cut(
+        self, box: Box, # nm
+    ):
+        "What lies in `box`; a skeleton that leaves it and comes back keeps its id in all pieces (see `parts`)."
+        return self.keep(((self.positions >= box.begin) & (self.positions < box.end)).all(1))
+
+    def parts(self):
+        "The same nodes and edges with one id per connected piece: 1, 2, … in the order of their first nodes."
+        joined = coo_array((np.ones(len(self.edges), bool), tuple(np.asarray(self.edges, np.int64).T)), shape=2 * (len(self.ids),))
+        return replace(self, ids=1 + connected_components(joined, directed=False)[1])
 
 # %% ../nbs/04_samples.ipynb #ecb60083
 @dataclass(frozen=True)
