@@ -14,7 +14,7 @@ from numba import njit
 from .affinities import AffinitySpec
 from .agglomeration import _fraction, agglomerate
 from .components import _components, _cut, _root, check_probabilities, nearest_edges
-from .contingency import _grown, _place, _planes, check_pair
+from .contingency import _grown, _place, _planes, check_ids, check_pair
 from .core import PytcError
 
 # %% ../nbs/15b_thresholds.ipynb #1fd05615
@@ -316,6 +316,17 @@ def _appear_all(rows, sums, away, steps, count, least):
     for part in range(1, count):
         if rows[part, _SIZE] >= least: _appear(rows, sums, away, steps, part)
 
+
+def _counted(parts, labels, mask):
+    "`(rows, table, used, away)`: the rows before any join, and of each true object the voxels, all of them in the background."
+    count, empty = int(parts.max(initial=0)) + 1, lambda: np.zeros((2**14, 3), np.uint64)
+    state = np.zeros((count + 1024, 8), np.int32), count, empty(), 0, empty(), 0
+    _start(parts.reshape(-1), state[0], count)
+    for some_parts, some_gt in _planes(parts, labels, mask): state = _enter(some_parts, some_gt, *state)
+    rows, _, table, used, numbers, _ = state
+    check_ids("truth", numbers[:, 0], labels.dtype)
+    return rows, table, used, np.bincount(rows[:, _GT], rows[:, _COUNT]).astype(np.int64)
+
 # %% ../nbs/15b_thresholds.ipynb #c5ec3d09
 def sweep_scores(
     hierarchy: Hierarchy,
@@ -325,17 +336,11 @@ def sweep_scores(
     "For each threshold, rising, what `dense_scores` gives of its objects."
     parts, labels, mask = check_pair(hierarchy.parts, labels, mask)
     if parts.size >= 2**31: raise PytcError(f"{parts.size} voxels were given; one pass scores fewer than 2³¹, so sweep on a part of them")
-    count, empty = int(parts.max(initial=0)) + 1, lambda: np.zeros((2**14, 3), np.uint64)
-    state = np.zeros((count + 1024, 8), np.int32), count, empty(), 0, empty(), 0
-    _start(parts.reshape(-1), state[0], count)
-    for some_parts, some_gt in _planes(parts, labels, mask): state = _enter(some_parts, some_gt, *state)
-    rows, _, table, used, *_ = state
-    away = np.bincount(rows[:, _GT], rows[:, _COUNT]).astype(np.int64)
-    total, sums, start, results = int(away.sum()), np.zeros(5, np.int64), 0, []
-    steps = _steps(total)
-    (true_log, true_squared), unit = _total(steps, away), max(1, total) * steps[-1]
-    n_objects_gt = np.count_nonzero(away)
-    _appear_all(rows, sums, away, steps, count, hierarchy.least)
+    rows, table, used, away = _counted(parts, labels, mask)
+    sums, start, results, n_objects_gt = np.zeros(5, np.int64), 0, [], int(np.count_nonzero(away))
+    steps = _steps(int(away.sum()))
+    (true_log, true_squared), unit = _total(steps, away), max(1, int(away.sum())) * steps[-1]
+    _appear_all(rows, sums, away, steps, int(parts.max(initial=0)) + 1, hierarchy.least)
     for threshold, stop in zip(hierarchy.thresholds, hierarchy.done):
         table, used = _merge_and_count(rows, sums, away, steps, table, used, *hierarchy.joins[:, start:stop], hierarchy.least)
         start, background, behind = stop, _total(steps, away), _total(steps, away.sum(keepdims=True))
@@ -344,5 +349,5 @@ def sweep_scores(
         both = int(true_squared) + int(sums[_OBJECTS_SQUARED]) + int(behind[1])
         results.append({"threshold": float(threshold), "voi_split": split, "voi_merge": merge, "voi_sum": split + merge,
                         "adapted_rand_error": 1 - 2 * agree / both if both else 0.0,
-                        "n_objects_pred": int(sums[_OBJECTS]), "n_objects_gt": int(n_objects_gt)})
+                        "n_objects_pred": int(sums[_OBJECTS]), "n_objects_gt": n_objects_gt})
     return results[::-1]
