@@ -28,7 +28,7 @@ def mask_scores(both: int, predicted: int, true: int, known: int) -> dict:
 
 class SemanticScores(Metric):
     "`class/score` for each class and each of `mask_scores`, over all known voxels of all batches."
-    full_state_update, higher_is_better = False, True
+    full_state_update = False
 
     def __init__(
         self,

@@ -113,8 +113,8 @@ def cleft_distances(
 # %% ../nbs/14b_surfaces.ipynb #725285b3
 def border_mask(
     labels,     # (z, y, x) true labels; background is a label like any other
-    distance,   # nm; 0 are the border voxels alone
     voxel_size, # nm (z, y, x)
+    distance,   # nm; 0 are the border voxels alone
     sections=False, # within each section, as CREMI does
 ):
     "bool (z, y, x): voxels at most `distance` nm from a border voxel; for scores without them use `mask=~border_mask(…)`."
