@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['voi', 'rand_precision_recall', 'adapted_rand', 'connected_parts', 'oracle_merge', 'dense_scores', 'evaluate_instance',
-           'evaluate_semantic']
+           'mask_scores', 'evaluate_semantic']
 
 # %% ../nbs/14c_metrics.ipynb #4bb7f5e5
 import numpy as np
 
 from .contingency import Contingency, check_pair, contingency
 from .core import PytcError, one_of
+from .matching import object_scores
+from .surfaces import foreground, surface_scores
 
 # %% ../nbs/14c_metrics.ipynb #48aece54
 def _pairs(seg, gt, mask, background):
@@ -104,28 +106,26 @@ def evaluate_instance(
     gt,        # true labels of the same shape, 0 is left out
     mask=None, # only voxels that are not 0 are counted
 ) -> dict:
-    "The `dense_scores` of two segmentations."
-    return dense_scores(contingency(pred, gt, mask))
+    "The `dense_scores` of two segmentations, and those of [matched objects](14a_matching.ipynb): `precision_iou50`, `recall_iou50`, `f1_iou50`, `panoptic_quality`, `ap50`, `ap75`, `ap`."
+    return {**dense_scores(contingency(pred, gt, mask)), **object_scores(pred, gt, mask)}
 
 # %% ../nbs/14c_metrics.ipynb #42e3fe95
-def _foreground(mask, name):
-    "A binary mask as bool."
-    mask = np.asarray(mask)
-    if mask.dtype.kind not in "biu" or ((mask != 0) & (mask != mask.max(initial=0))).any():
-        raise PytcError(f"a {name} of type {mask.dtype} was given that is not binary; "
-                        "expected one value beside 0, so apply a threshold first")
-    return mask != 0
+def mask_scores(both: int, predicted: int, true: int, known: int) -> dict:
+    "`dice`, `iou`, `precision`, `recall` and `accuracy` from numbers of voxels; 0/0 is 1."
+    ratio = lambda part, whole: part / whole if whole else 1.0
+    return {"dice": ratio(2 * both, predicted + true), "iou": ratio(both, predicted + true - both), "precision": ratio(both, predicted),
+            "recall": ratio(both, true), "accuracy": ratio(known - predicted - true + 2 * both, known)}
 
 
 def evaluate_semantic(
     pred,      # binary mask
     gt,        # binary mask of the same shape
     mask=None, # only voxels that are not 0 are counted
+    voxel_size=None,     # nm (z, y, x); with it, distances of surfaces too
+    max_distance=np.inf, # nm; no distance is larger, and if one of both is empty all are this
 ) -> dict:
-    "`dice`, `iou`, `precision`, `recall` and `accuracy` of a binary mask; 0/0 is 1."
-    pred, gt, mask = check_pair(_foreground(pred, "prediction"), _foreground(gt, "truth"), mask)
+    "`mask_scores`; with a voxel size also `hausdorff`, `hausdorff_95` and `average_surface_distance` in nm."
+    distances = {} if voxel_size is None else surface_scores(pred, gt, voxel_size, mask, max_distance=max_distance)
+    pred, gt, mask = check_pair(foreground(pred, "prediction"), foreground(gt, "truth"), mask)
     if mask is not None: pred, gt = pred[mask], gt[mask]
-    both, predicted, true = (np.count_nonzero(m) for m in (pred & gt, pred, gt))
-    ratio = lambda part, whole: part / whole if whole else 1.0
-    return {"dice": ratio(2 * both, predicted + true), "iou": ratio(both, predicted + true - both), "precision": ratio(both, predicted),
-            "recall": ratio(both, true), "accuracy": ratio(pred.size - predicted - true + 2 * both, pred.size)}
+    return {**mask_scores(*(int(np.count_nonzero(m)) for m in (pred & gt, pred, gt)), pred.size), **distances}
