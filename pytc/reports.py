@@ -21,6 +21,7 @@ import numpy as np
 from .config import Config, load_config
 from .contingency import contingency
 from .core import PytcError, atomic_path
+from .evaluation import draw_rows
 from .object_errors import worst_first
 from .regions import open_image, open_labels
 from .tuning import truth_of
@@ -330,23 +331,11 @@ def chosen_result(calibration) -> dict:
 def draw_plane(axes, calibration, rows):
     "Split VOI against merge VOI of the thresholds, and of the scored rows."
     sweep, best = calibration["sweep"], chosen_result(calibration)
-    points = {name: (row["voi_split"], row["voi_merge"]) for name, row in rows.items()}
-    # "One object" lies far outside; with it inside, nothing else could be told apart.
-    limit = 1.25 * max([best["voi_sum"], *(max(point) for name, point in points.items() if name != "one object")])
-    for total in np.arange(0, 2 * limit, 0.5): axes.plot([0, total], [total, 0], color=GREY, linewidth=0.4)
+    draw_rows(axes, rows, best["voi_sum"])
     curve = zip(*[(r["voi_split"], r["voi_merge"]) for r in sweep])
     axes.plot(*curve, "o-", color=BLUE, markersize=3, label="thresholds,\nvalidation part")
     axes.plot(best["voi_split"], best["voi_merge"], "o", color=RED, markersize=8, label=f"chosen: {best['threshold']:g}")
-    for name, (split, merge) in points.items():
-        inside = max(split, merge) < limit
-        place = np.clip((split, merge), 0, 0.97 * limit)
-        axes.plot(*place, "s" if inside else "^", color=INK, markersize=5, fillstyle="none", clip_on=False)
-        # Words stay inside the frame.
-        right = place[0] < 0.7 * limit
-        axes.annotate(name if inside else f"{name}\n({split:.2f}, {merge:.2f})", place, xytext=(7 if right else -7, 0),
-                      textcoords="offset points", va="center", ha="left" if right else "right")
     axes.plot([], [], "s", color=INK, markersize=5, fillstyle="none", label="rows of the table,\ntest part")
-    axes.set(xlabel="split VOI (bits)", ylabel="merge VOI (bits)", xlim=(-0.02 * limit, limit), ylim=(-0.02 * limit, limit), aspect="equal")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 
