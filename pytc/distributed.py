@@ -35,6 +35,7 @@ def fit_together(cfg, run_dir, checkpoint=None, fast_dev_run=False, data=None, i
     nodes, processes, done = cfg.system.num_nodes, processes_of(cfg), Path(run_dir) / "checkpoint.ckpt"
     if nodes * processes == 1: return fit(cfg, run_dir, checkpoint, fast_dev_run, data, init, reset, callbacks)
     if done.exists() and not fast_dev_run: return done
+    if callbacks and callbacks.__module__ == "__main__": raise PytcError(f"{callbacks.__name__} was written in a notebook or script, where the other processes cannot import it; put it into a module")
     how = {"checkpoint": checkpoint and str(checkpoint), "fast_dev_run": fast_dev_run, "init": init and str(init), "reset": list(reset), "callbacks": callbacks and [callbacks.__module__, callbacks.__name__]}
     job = Path(run_dir).resolve() / "distributed.json"
     command = launch_command(nodes, processes, job)
