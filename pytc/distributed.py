@@ -6,7 +6,7 @@
 __all__ = ['launch_command', 'fit_together', 'main']
 
 # %% ../nbs/11d_distributed.ipynb #bacc2cbf
-import json, os, subprocess, sys, tempfile, threading
+import importlib, json, os, subprocess, sys, tempfile, threading
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -30,12 +30,13 @@ def launch_command(nodes: int, processes: int, job) -> list:
             sys.executable, "-m", "torch.distributed.run", "--nnodes", str(nodes), "--nproc-per-node", str(processes), *meet, *task]
 
 
-def fit_together(cfg, run_dir, checkpoint=None, fast_dev_run=False, data=None, init=None, reset=()):
-    "As `pytc.training.fit`, in as many processes as the config asks for; in this one alone if that is one."
+def fit_together(cfg, run_dir, checkpoint=None, fast_dev_run=False, data=None, init=None, reset=(), callbacks=None):
+    "As `pytc.training.fit`, in as many processes as the config asks for, which import `callbacks` by its name; in this one alone if that is one."
     nodes, processes, done = cfg.system.num_nodes, processes_of(cfg), Path(run_dir) / "checkpoint.ckpt"
-    if nodes * processes == 1: return fit(cfg, run_dir, checkpoint, fast_dev_run, data, init, reset)
+    if nodes * processes == 1: return fit(cfg, run_dir, checkpoint, fast_dev_run, data, init, reset, callbacks)
     if done.exists() and not fast_dev_run: return done
-    how = {"checkpoint": checkpoint and str(checkpoint), "fast_dev_run": fast_dev_run, "init": init and str(init), "reset": list(reset)}
+    if callbacks and callbacks.__module__ == "__main__": raise PytcError(f"{callbacks.__name__} was written in a notebook or script, where the other processes cannot import it; put it into a module")
+    how = {"checkpoint": checkpoint and str(checkpoint), "fast_dev_run": fast_dev_run, "init": init and str(init), "reset": list(reset), "callbacks": callbacks and [callbacks.__module__, callbacks.__name__]}
     job = Path(run_dir).resolve() / "distributed.json"
     command = launch_command(nodes, processes, job)
     write_json(job, {"config": OmegaConf.to_container(cfg, resolve=True), "run_dir": str(job.parent), **how})
@@ -65,7 +66,8 @@ def main(job):
     how = json.loads(Path(job).read_text())
     cfg = OmegaConf.merge(OmegaConf.structured(Config), how.pop("config"))
     start_logging()
-    try: fit(cfg, **how)
+    module, name = how.pop("callbacks") or (None, None)
+    try: fit(cfg, **how, callbacks=module and getattr(importlib.import_module(module), name))
     except PytcError as error:
         print(f"pytc: {' '.join(str(error).split())}", flush=True)
         sys.exit(1)

@@ -309,7 +309,7 @@ def training_curves(run) -> dict:
     history = read_json(run, "history.json")
     if not history: raise PytcError("history.json holds no epoch yet; train.ipynb adds one after each")
     names = sorted({name for epoch in history for name in epoch if name.startswith(("train/", "val/"))})
-    groups = {"losses": [n for n in names if n.endswith("/loss")], "scores": [n for n in names if not n.endswith("/loss")]}
+    groups = {"losses": [n for n in names if n.endswith("/loss")], "scores": [n for n in names if not n.endswith(("/loss", "/threshold"))]}
     charts = [inline_svg(chart(draw_history, history, own), f"{title} over epochs: {', '.join(own)}")
               for title, own in groups.items() if own]
     validated = [epoch for epoch in history if "val/loss" in epoch]
@@ -317,6 +317,8 @@ def training_curves(run) -> dict:
     each, fastest = np.mean([epoch["seconds"] for epoch in history]), max(epoch["lr"] for epoch in history)
     words = f"{len(history)} epochs of {duration(each)}, {history[-1]['step']} steps, learning rate at most {fastest:.3g}."
     if best: words += f" The validation loss was smallest, {best['val/loss']:.4f}, after epoch {best['epoch']}."
+    segmented = min((epoch for epoch in history if "val/voi_sum" in epoch), key=lambda epoch: epoch["val/voi_sum"], default=None)
+    if segmented: words += f" The VOI of the validation part was smallest, {segmented['val/voi_sum']:.3f} bits, after epoch {segmented['epoch']}."
     return {"charts": charts, "words": words}
 
 # %% ../nbs/20_reports.ipynb #2cc99055
