@@ -210,7 +210,7 @@ def search(
     first = [("default" if c.searched else "present", c, c.defaults) for c in candidates]
     first += [("present", c, {**c.defaults, **c.present}) for c in candidates if {**c.defaults, **c.present} != c.defaults]
     parts, by_name = growing(np.asarray(truth), relabel), {c.name: c for c in candidates if c.searched}
-    study = _study(file, {**known, "spaces": {c.name: c.space for c in candidates}, "seed": seed}, metric)
+    study = _study(file, {**known, "searched": [[c.name, c.space] for c in candidates], "seed": seed}, metric)
     began, before = time.perf_counter(), len(_records(study))
     for number in range(before, trials := max(trials, len(first))):
         if number < len(first): _baseline(study, *first[number], parts, metric)
