@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'SCORES', 'TICKS', 'space_of', 'Candidate', 'growing', 'run_trial', 'search', 'best_of', 'described',
-           'bootstrap', 'search_picture', 'address', 'check_apart', 'validation_part', 'candidates_of',
-           'calibration_key', 'adopt', 'tune']
+           'score_of', 'bootstrap', 'search_picture', 'address', 'check_apart', 'validation_part', 'candidates_of',
+           'calibration_key', 'adopt', 'settled', 'compared', 'comparison', 'tune']
 
 # %% ../nbs/16c_search.ipynb #0de4dcf6
 import contextlib, inspect, json, posixpath, re, time
@@ -251,6 +251,12 @@ def _shares(table: Contingency, score: str):
     return ids, np.bincount(owners, errors), np.bincount(owners, weights)
 
 
+def score_of(table: Contingency, score: str) -> float:
+    "The score as the ratio of what its objects add."
+    _, errors, weights = _shares(table, score)
+    return float(errors.sum() / weights.sum())
+
+
 def bootstrap(
     table: Contingency,
     score: str = "voi_sum",  # or voi_split, voi_merge, adapted_rand_error
@@ -386,6 +392,14 @@ def calibration_key(cfg, target, prediction) -> dict:
             "decoding": configured(cfg.decoding, target), "prediction": prediction.attributes["made_by"]}
 
 # %% ../nbs/16c_search.ipynb #e6c0dc42
+def _same(one, other):
+    "Whether two decoders give the same labels: what is not said is the default."
+    def whole(decoder):
+        known = inspect.signature(decoders[decoder["name"]]).parameters
+        return {**decoder, "params": {**{key: known[key].default for key in known}, **decoder["params"]}}
+    return bool(one and other) and whole(one) == whole(other)
+
+
 def adopt(
     run_dir,
     decoder: dict,    # {name, params}
@@ -395,37 +409,58 @@ def adopt(
     run_dir, file, moved = Path(run_dir), Path(run_dir) / "calibration.json", []
     old = json.loads(file.read_text()) if file.exists() else {}
     prediction, scores = run_dir / "prediction.zarr", run_dir / "scores.json"
-    if prediction.exists() and open_volume(prediction).attributes.get("decoder") != decoder:
+    stale = prediction.exists() and not _same(open_volume(prediction).attributes.get("decoder"), decoder)
+    if stale:
         aside = next(path for n in range(1, 10_000) if not (path := run_dir / f"earlier_{n}").exists())
         for made in (scores, run_dir / "segmentation.zarr"):
             if not made.exists(): continue
             aside.mkdir(exist_ok=True)
             moved.append(made.rename(aside / made.name))
-    if old.get("decoder") != decoder:
+    if not _same(old.get("decoder"), decoder):
         earlier = [*old.get("earlier", []), old["decoder"]] if old else []
         write_json(file, {"decoder": decoder, **calibration, "earlier": earlier})
-    if prediction.exists(): write_json(prediction / ".zattrs", {**json.loads((prediction / ".zattrs").read_text()), "decoder": decoder})
+    if stale: write_json(prediction / ".zattrs", {**json.loads((prediction / ".zattrs").read_text()), "decoder": decoder})
     return moved
 
 # %% ../nbs/16c_search.ipynb #ae3ae01f
-def _table(candidate, decoder, truth):
-    return contingency(decode(candidate.name, candidate.values, **candidate.told, **decoder["params"]), truth)
+def settled(
+    records: list,      # of a search
+    candidates: dict,   # name -> Candidate
+    truth, metric: str,
+):
+    "`(number, decoder, sweep)` of the best trial; its own sweep may find a threshold that no trial drew."
+    number = best_of(records, metric)
+    chosen, candidate = records[number]["decoder"], candidates[records[number]["decoder"]["name"]]
+    params = {name: value for name, value in chosen["params"].items() if name != "threshold"}
+    sweep = threshold_sweep(candidate.values, truth, candidate.tried, metric, decoder=candidate.name, **{**candidate.told, **params})
+    return number, {**chosen, "params": {**params, "threshold": sweep["best_threshold"]}}, sweep
 
 
-def _compared(records, candidates, truth, metric, decoder) -> dict:
-    "Score and interval of the winner and of what was there, and the interval of how far the winner lies below."
-    tables = {"winner": _table(candidates[decoder["name"]], decoder, truth)}
-    for record in records:
-        if "role" in record and record["state"] == "complete" and record["role"] not in tables: tables[record["role"]] = _table(candidates[record["decoder"]["name"]], record["decoder"], truth)
-    rows = {name: {"score": float(np.divide(*(part.sum() for part in _shares(table, metric)[1:]))), "interval": bootstrap(table, metric)} for name, table in tables.items()}
-    for name in rows: rows[name] |= {} if name == "winner" else {"gain": [-side for side in bootstrap(tables["winner"], metric, other=tables[name])[::-1]]}
+def compared(
+    chosen: dict,       # name -> decoder, the winner first
+    candidates: dict,   # name -> Candidate
+    truth, metric: str,
+) -> dict:
+    "name -> `score`, its `interval`, and of all but the winner `gain`: the interval of how far the winner lies below."
+    tables = {}
+    for name, decoder in chosen.items():
+        candidate = candidates[decoder["name"]]
+        tables[name] = contingency(decode(candidate.name, candidate.values, **{**candidate.told, **decoder["params"]}), truth)
+    winner, *others = tables
+    rows = {name: {"score": score_of(table, metric), "interval": bootstrap(table, metric)} for name, table in tables.items()}
+    for name in others: rows[name]["gain"] = bootstrap(tables[name], metric, other=tables[winner])
     return rows
 
 
-def _said(name, row, metric):
-    text = f"{name}: {metric} {row['score']:.3f} ({row['interval'][0]:.3f} to {row['interval'][1]:.3f})"
-    if "gain" not in row: return text
-    return text + f"; the winner lies below by {row['gain'][0]:.3f} to {row['gain'][1]:.3f}, {'more than' if row['gain'][0] > 0 else 'no more than'} chance among the objects of this slab"
+def comparison(rows: dict, metric: str) -> str:
+    "The rows as lines of text."
+    lines = []
+    for name, row in rows.items():
+        lines.append(f"{name}: {metric} {row['score']:.3f} ({row['interval'][0]:.3f} to {row['interval'][1]:.3f})")
+        if "gain" not in row: continue
+        beyond = "more than" if row["gain"][0] > 0 else "no more than"
+        lines[-1] += f"; the winner is better by {row['gain'][0]:.3f} to {row['gain'][1]:.3f}, {beyond} chance among these objects"
+    return "\n".join(lines)
 
 
 def tune(
@@ -447,21 +482,19 @@ def tune(
         prediction, truth, target = validation_part(run_dir, cfg)
         candidates, key = candidates_of(cfg, target, prediction, decoders), calibration_key(cfg, target, prediction)
         # What the config calls its metric is not what is searched for.
-        known = {name: value for name, value in key.items() if name != "metric"}
+        known, by_name = {name: value for name, value in key.items() if name != "metric"}, {c.name: c for c in candidates}
         records = search(candidates, truth, trials, metric, cfg.evaluation.relabel_truth, seed, run_dir / "tuning.db", known, lambda line: print(line, flush=True))
-        number, by_name = best_of(records, metric), {c.name: c for c in candidates}
-        chosen = records[number]["decoder"]
-        # The sweep of the winner may find a threshold that no trial drew.
-        params = {name: value for name, value in chosen["params"].items() if name != "threshold"}
-        sweep = threshold_sweep(by_name[chosen["name"]].values, truth, by_name[chosen["name"]].tried, metric, decoder=chosen["name"], **by_name[chosen["name"]].told, **params)
-        decoder = {**chosen, "params": {**params, "threshold": sweep["best_threshold"]}}
-        rows = _compared(records, by_name, truth, metric, decoder)
+        number, decoder, sweep = settled(records, by_name, truth, metric)
+        chosen = {"winner": decoder}
+        for record in records:
+            if "role" in record and record["state"] == "complete": chosen.setdefault(record["role"], record["decoder"])
+        rows = compared(chosen, by_name, truth, metric)
         result = {"metric": metric, "decoder": decoder, "trial": number + 1, "scores": sweep["best_metrics"], "compared": rows, "trials": records, "made_by": known}
         write_json(run_dir / "tuning.json", result)
         save_picture(search_picture(records, metric), run_dir / "pictures/tuning.png")
         moved = adopt(run_dir, decoder, {"sweep": sweep["all_results"], "at_edge": sweep["at_edge"], "made_by": key})
-    for name, row in rows.items(): print(_said(name, row, metric))
-    print(f"trial {number + 1} is the run's decoder now: {described(decoder)}" + (" (the last threshold tried: try more)" if sweep["at_edge"] else ""))
+    print(comparison(rows, metric))
+    print(f"trial {number + 1} is the run's decoder now: {described(decoder)}" + (" (the first or last threshold tried: try more)" if sweep["at_edge"] else ""))
     for path in moved: print(f"moved {path}")
     print(f"score the test part, once, with: pytc train {run_dir / 'config.yaml'} --run-dir {run_dir}")
     return result
