@@ -457,7 +457,7 @@ def comparison(rows: dict, metric: str) -> str:
     lines = []
     for name, row in rows.items():
         lines.append(f"{name}: {metric} {row['score']:.3f} ({row['interval'][0]:.3f} to {row['interval'][1]:.3f})")
-        if "gain" not in row: continue
+        if not any(row.get("gain", ())): continue
         beyond = "more than" if row["gain"][0] > 0 else "no more than"
         lines[-1] += f"; the winner is better by {row['gain'][0]:.3f} to {row['gain'][1]:.3f}, {beyond} chance among these objects"
     return "\n".join(lines)
