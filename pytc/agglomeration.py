@@ -501,3 +501,4 @@ def _at_thresholds(affinities, min_size=0, **how):
 
 watershed_agglomeration.at_thresholds = _at_thresholds
 watershed_agglomeration.bytes_per_voxel = 130 # of memory, for six channels
+watershed_agglomeration.search = {"small": (1, 10_000), "channels": ["all", "nearest"], "score": ["mean", 0.25, 0.5, 0.75]}

@@ -418,3 +418,4 @@ def _component_slabs(absorb=0, **params):
 
 affinities_to_segmentation.slabs = _component_slabs
 affinities_to_segmentation.bytes_per_voxel = 80 # of memory, where small parts are absorbed
+affinities_to_segmentation.search = {"absorb": (1, 10_000)}

@@ -81,6 +81,7 @@ class MaskSlabs:
 
 
 binary_components.slabs = MaskSlabs
+binary_components.search = {"min_size": (1, 10_000)}
 
 # %% ../nbs/13d_masks.ipynb #f9c469ef
 _NOWHERE = 2**32 - 1
@@ -161,6 +162,9 @@ def binary_watershed(
     "Labels (D, H, W) in raster order: pieces of the voxels above the threshold, cut at their necks."
     return semantic_to_instance(_foreground(foreground, threshold), min_size, "watershed", neck, voxel_size)
 
+
+binary_watershed.search = {"neck": (0.3, 1.0), "min_size": (1, 10_000)}
+
 # %% ../nbs/13d_masks.ipynb #68f3b064
 @decoders.register("distance_watershed")
 def distance_watershed(
@@ -177,6 +181,7 @@ def distance_watershed(
 
 
 distance_watershed.thresholds = [0.02, 0.05, *(round(0.1 * i, 1) for i in range(1, 10))]
+distance_watershed.search = {"neck": (0.3, 1.0), "min_size": (1, 10_000)}
 
 # %% ../nbs/13d_masks.ipynb #d40a9043
 @decoders.register("strongest_class")
@@ -226,6 +231,9 @@ def class_instances(
         labels[found > 0] = found[found > 0] + last
         last += int(found.max(initial=0))
     return filter_by_size(labels, 0)
+
+
+class_instances.search = {"method": ["cc3d", "watershed"], "neck": (0.3, 1.0), "min_size": (1, 10_000)}
 
 
 def class_of_objects(

@@ -79,3 +79,4 @@ def multicut_segmentation(
 
 multicut_segmentation.at_thresholds = _at_thresholds
 multicut_segmentation.bytes_per_voxel = 170 # of memory, for six channels
+multicut_segmentation.search = {"channels": ["all", "nearest"], "rounds": [0, 10]}

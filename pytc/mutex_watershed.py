@@ -189,3 +189,4 @@ def mutex_watershed(
 
 
 mutex_watershed.bytes_per_voxel = 90 # of memory, for six channels
+mutex_watershed.search = {"strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2], [1, 4, 4], [4, 4, 4]]}

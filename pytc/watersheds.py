@@ -85,6 +85,9 @@ def contour_watershed(
     alone = _pieces(inside & (labels == 0))
     return filter_by_size(np.where(alone > 0, alone + labels.max(initial=0), labels), min_size)
 
+
+contour_watershed.search = {"contour": (0.1, 0.9), "seed_size": (1, 1000), "min_size": (1, 10_000)}
+
 # %% ../nbs/13e_watersheds.ipynb #a5627bb8
 @njit(cache=True, nogil=True)
 def _follow(flow, inside, weak):
@@ -151,3 +154,4 @@ def flow_agglomeration(
 
 flow_agglomeration.at_thresholds = _flow_at_thresholds
 flow_agglomeration.thresholds = [round(0.05 * i, 2) for i in range(6, 20)]
+flow_agglomeration.search = {"foreground": (0.2, 0.8), "weak": (0.0, 0.5), "min_size": (1, 10_000)}
