@@ -264,9 +264,12 @@ def _affinities(prediction, place):
     numbers, spec = chosen_channels(prediction.attributes)
     spec = _spec_of("watershed_agglomeration", prediction, spec)
     if spec is None: raise PytcError(f"{prediction.url} does not say which voxels its {times(prediction.shape[:-3])} channels join; give a prediction of affinities, or to an array spec=AffinitySpec(…)")
-    if (place.box & prediction.box) != place.box or not np.allclose(prediction.voxel_size, place.voxel_size):
+    start, stop = place.box.to_voxels(prediction.voxel_size, prediction.offset)
+    first = np.add(prediction.offset, np.multiply(start, prediction.voxel_size))
+    same = np.allclose(prediction.voxel_size, place.voxel_size) and (abs(first - place.offset) < 0.01 * np.array(place.voxel_size)).all()
+    if not same or min(start) < 0 or np.greater(stop, prediction.shape[-3:]).any():
         raise PytcError(f"{prediction.url} has voxels of {times(prediction.voxel_size)} nm in {prediction.box}, the segmentation of {times(place.voxel_size)} nm in {place.box}; give the prediction that it was made of, or a box inside it")
-    values = prediction.read(place.box)
+    values = prediction.read_voxels(start, stop)
     return values if numbers is None else values[numbers], spec
 
 
