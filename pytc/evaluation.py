@@ -18,7 +18,7 @@ from .object_errors import object_errors, write_object_errors
 from .regions import UNKNOWN, read_labels
 from .samples import MemoryVolume
 from .skeletons import SkeletonMetrics, load_skeletons, node_labels
-from .tuning import node_scores
+from .tuning import node_scores, skeletons_in
 from .viewing import save_picture
 from .volumes import open_volume
 
@@ -98,7 +98,7 @@ def evaluate_files(
         labels = read_labels(theirs, ours, *region, region, unknown)
         mask, labels = labels != UNKNOWN, labels * (labels != UNKNOWN)
         if parts: labels = connected_parts(labels)
-    metrics = None if skeletons is None else SkeletonMetrics(load_skeletons(skeletons).cut(box))
+    metrics = None if skeletons is None else SkeletonMetrics(skeletons_in(load_skeletons(skeletons), found, labels if parts else None))
     results = {name: found.array} | {other: read_labels(open_volume(str(url)), ours, *region, region) for other, url in (others or {}).items()}
     rows = score_rows(results, labels, mask, metrics, found)
     known = {"segmentation": str(segmentation), "truth": truth and str(truth), "skeletons": skeletons and str(skeletons), "box_nm": [list(map(float, box.begin)), list(map(float, box.end))],

@@ -117,7 +117,7 @@ def _rows(candidate, params, thresholds, inside, labels, metric):
     "The scores of all thresholds on a part of the slab."
     values = candidate.values[(..., *inside)]
     _check_memory(candidate.name, SimpleNamespace(shape=values.shape, url="the slab"))
-    return threshold_sweep(values, labels, thresholds, metric, decoder=candidate.name, **{**candidate.told, **params})["all_results"]
+    return threshold_sweep(values, None, labels, thresholds, metric, decoder=candidate.name, **{**candidate.told, **params})["all_results"]
 
 
 def run_trial(
@@ -432,7 +432,7 @@ def settled(
     number = best_of(records, metric)
     chosen, candidate = records[number]["decoder"], candidates[records[number]["decoder"]["name"]]
     params = {name: value for name, value in chosen["params"].items() if name != "threshold"}
-    sweep = threshold_sweep(candidate.values, truth, candidate.tried, metric, decoder=candidate.name, **{**candidate.told, **params})
+    sweep = threshold_sweep(candidate.values, None, truth, candidate.tried, metric, decoder=candidate.name, **{**candidate.told, **params})
     return number, {**chosen, "params": {**params, "threshold": sweep["best_threshold"]}}, sweep
 
 

@@ -25,7 +25,8 @@ from .samples import MemoryVolume
 from .splits import with_split
 from .targets import build_target
 from .training import module_of, read_checkpoint
-from .tuning import threshold_sweep, truth_of
+from .skeletons import load_skeletons
+from .tuning import skeletons_in, threshold_sweep, truth_of
 
 # %% ../nbs/16b_validation.ipynb #edbef6c5
 def calibrate(
@@ -37,8 +38,8 @@ def calibrate(
 ) -> dict:
     "`{decoder, best, sweep, at_edge}`: the decoder with its best threshold, the scores there and at all thresholds."
     values, params = decoder_input(asked["name"], prediction, asked.get("channels", ()))
-    more = {"skeletons": skeletons} if skeletons is not None else {}
-    sweep = threshold_sweep(values, truth, cfg.evaluation.thresholds, cfg.evaluation.metric, decoder=asked["name"], **more, **{**params, **asked["params"]})
+    sweep = threshold_sweep(values, skeletons, truth, cfg.evaluation.thresholds, cfg.evaluation.metric, decoder=asked["name"],
+                            voxel_size=prediction.voxel_size, offset=prediction.offset, **{**params, **asked["params"]})
     decoder = {**asked, "params": {**asked["params"], "threshold": sweep["best_threshold"]}}
     return {"decoder": decoder, "best": sweep["best_metrics"], "sweep": sweep["all_results"], "at_edge": sweep["at_edge"]}
 
@@ -61,12 +62,13 @@ class ValidationSlab:
         one_of(evaluation.metric, SEGMENTATION_SCORES, "evaluation.metric")
         if evaluation.metric == "nerl" and not evaluation.skeletons: raise PytcError("evaluation.metric is nerl, which is measured on skeletons; set evaluation.skeletons")
         if not evaluation.skeletons: return None
-        from pytc.skeletons import load_skeletons
-        return load_skeletons(evaluation.skeletons)
+        return skeletons_in(load_skeletons(evaluation.skeletons), self._volume(np.zeros((1, *np.subtract(*self.region[::-1])), bool)), self.truth() if evaluation.relabel_truth else None)
 
     def truth(self): return None if self.label is None else truth_of(self.cfg, self.image, self.label, self.region)
 
-    def _volume(self, values): return MemoryVolume(values, self.image.voxel_size, self.image.box_of(*self.region).begin, {"channels": list(self.target.channels), **self.target.attributes})
+    def _volume(self, values):
+        offset = tuple(o + start * v for o, start, v in zip(self.image.offset, self.region[0], self.image.voxel_size))
+        return MemoryVolume(values, self.image.voxel_size, offset, {"channels": list(self.target.channels), **self.target.attributes})
 
     def _rehearse(self):
         nothing = self._volume(np.zeros((len(self.target.channels), 2, 4, 4), self.cfg.inference.dtype))
