@@ -100,7 +100,7 @@ def check_required(scores: dict, required: dict):
 # %% ../nbs/21_jobs.ipynb #cf597d15
 def _inputs(cfg, config) -> list:
     "The files and folders that the config reads; raises for one that is not there."
-    urls = [url for key, url in cfg.data.items() if key.endswith(("_image", "_label", "_mask"))] + list(cfg.evaluation.references.values())
+    urls = [url for key, url in cfg.data.items() if key.endswith(("_image", "_label", "_mask"))] + [*cfg.evaluation.references.values(), cfg.evaluation.skeletons]
     urls += [source[key] for source in cfg.data.sources for key in ("image", "label", "mask")]
     # What lies on a server is checked when it is opened.
     paths = list(dict.fromkeys(url.partition(":/")[0] for url in urls if url and "://" not in url))

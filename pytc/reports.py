@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .config import Config, load_config
+from .config import SEGMENTATION_SCORES, Config, load_config
 from .contingency import contingency
 from .core import PytcError, atomic_path
 from .evaluation import draw_rows
@@ -357,7 +357,7 @@ def threshold_charts(run) -> dict:
     "The threshold plane and the scores over thresholds, with a sentence."
     calibration, scores = read_json(run, "calibration.json"), or_reason(read_json, run, "scores.json")
     best, metric = chosen_result(calibration), calibration["made_by"]["metric"]
-    words = f"{len(calibration['sweep'])} thresholds were tried on the validation part; {best['threshold']:g} has the smallest {metric}, "
+    words = f"{len(calibration['sweep'])} thresholds were tried on the validation part; {best['threshold']:g} has the {'largest' if SEGMENTATION_SCORES[metric] == 'max' else 'smallest'} {metric}, "
     words += f"{best[metric]:.3f}." + (" It is the first or last one tried: try more." if calibration["at_edge"] else "")
     drawn = {"threshold plane: split against merge VOI": chart(draw_plane, calibration, scores.get("rows", {})),
              "scores over thresholds": chart(draw_thresholds, calibration)}
