@@ -10,7 +10,6 @@ __all__ = ['INSTANCE_CLASSES', 'SEMANTIC_CLASSES', 'MOST_OVERLAPS', 'METRICS', '
 
 # %% ../nbs/19_challenge_scores.ipynb #31720630
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Callable
 
@@ -94,7 +93,6 @@ def pair_distances(
     seg, gt,    # labels (z, y, x), numbered from 1 without large gaps
     pairs,      # (true id, predicted id) of each pair
     voxel_size, # nm (z, y, x)
-    threads=1,  # so many pairs at a time
 ):
     "The Hausdorff distance of each pair in nm, capped."
     (gt_boxes, seg_boxes), cap = map(find_objects, (gt, seg)), longest_distance(gt.shape, voxel_size)
@@ -103,7 +101,7 @@ def pair_distances(
         box = tuple(slice(min(a.start, b.start), max(a.stop, b.stop)) for a, b in zip(gt_boxes[true - 1], seg_boxes[predicted - 1]))
         here, there = gt[box] == true, seg[box] == predicted
         return min(cap, max(furthest(here, there, voxel_size), furthest(there, here, voxel_size)))
-    with ThreadPoolExecutor(threads) as pool: return np.array(list(pool.map(distance, pairs)), float)
+    return np.array([distance(pair) for pair in pairs], float)
 
 # %% ../nbs/19_challenge_scores.ipynb #728a0beb
 MOST_OVERLAPS = 5_000_000
@@ -133,14 +131,14 @@ class ChallengeObjects:
     skipped: str
 
 
-def challenge_objects(pred, gt, voxel_size, mask=None, threads=1) -> ChallengeObjects:
+def challenge_objects(pred, gt, voxel_size, mask=None) -> ChallengeObjects:
     "Number, match and measure the objects of one crop as the challenge does."
     (pred, gt), voxel_size = known_labels(pred, gt, mask), check_voxel_size(voxel_size)
     (seg, predicted), highest, (gt, true) = predicted_objects(pred), int(gt.max()), compact_labels(gt)
-    table = contingency(seg, gt, ignore_zero_gt=False, threads=threads)
+    table = contingency(seg, gt, ignore_zero_gt=False)
     skipped = why_skipped(highest, predicted, np.count_nonzero((table.gt != 0) & (table.seg != 0)))
     pairs = np.empty((0, 2), int) if skipped else np.stack(cheapest_pairs(table), axis=1).astype(int)
-    return ChallengeObjects(seg, gt, predicted, int(true), pairs, pair_distances(seg, gt, pairs, voxel_size, threads), skipped)
+    return ChallengeObjects(seg, gt, predicted, int(true), pairs, pair_distances(seg, gt, pairs, voxel_size), skipped)
 
 # %% ../nbs/19_challenge_scores.ipynb #31be0b0b
 def instance_counts(found: ChallengeObjects, voxel_size) -> tuple:
@@ -159,10 +157,10 @@ def missing_instances(gt) -> dict:
     return {"tp": 0, "fp": 0, "fn": true, "hausdorff_norm_sum": 0.0, "n_hausdorff": true}
 
 
-def semantic_counts(pred, gt, mask=None, threads=1) -> dict:
+def semantic_counts(pred, gt, mask=None) -> dict:
     "Voxels in both, in the prediction only, in the truth only."
     pred, gt = known_labels(pred, gt, mask)
-    table = contingency(pred, gt, ignore_zero_gt=False, threads=threads)
+    table = contingency(pred, gt, ignore_zero_gt=False)
     voxels = lambda true, predicted: int(table.counts[((table.gt != 0) == true) & ((table.seg != 0) == predicted)].sum())
     return {"tp": voxels(True, True), "fp": voxels(False, True), "fn": voxels(True, False)}
 
@@ -198,7 +196,6 @@ def score_crop(
     voxel_size, # nm (z, y, x)
     mask=None,  # 0 where the truth is unknown
     metric="cellmap_2026_06",
-    threads=1,
 ) -> dict:
     "A row for `pool_scores`, JSON as it is: `status` (scored, skipped, missing), a `note` on why, official `counts` and `strict` ones."
     one_of(label, INSTANCE_CLASSES + SEMANTIC_CLASSES, "class")
@@ -206,12 +203,12 @@ def score_crop(
     if pred is None:
         known_labels(gt, gt, mask)
         counts = strict = rules.missing(gt) if instance else {"tp": 0, "fp": 0, "fn": int(np.size(gt))}
-        note = "not submitted; zeros would cost less"
+        note = "not submitted; zeros never score worse"
     elif instance:
-        found = challenge_objects(pred, gt, voxel_size, mask, threads)
+        found = challenge_objects(pred, gt, voxel_size, mask)
         (counts, strict), note = rules.counts(found, voxel_size), found.skipped
         if note: log.warning(f"{label}: the official score skips this crop ({note}); the strict one counts it as failed")
-    else: counts = strict = semantic_counts(pred, gt, mask, threads)
+    else: counts = strict = semantic_counts(pred, gt, mask)
     return {"metric": metric, "label": label, "status": "missing" if pred is None else "skipped" if note else "scored",
             "note": note, "counts": counts, "strict": strict}
 
@@ -235,7 +232,8 @@ def pool_scores(
     rows = {(crop, label): row for crop, labels in crops.items() for label, row in labels.items()}
     wrong = set(rows) ^ set(map(tuple, rows if manifest is None else manifest)) | {key for key, row in rows.items() if key[1] != row["label"]}
     if wrong:
-        raise PytcError(f"{', '.join('/'.join(map(str, key)) for key in sorted(wrong, key=str))}: in the scores or in the manifest, not in both, "
+        named = sorted("/".join(map(str, key)) for key in wrong)
+        raise PytcError(f"{', '.join(named[:5])}{' …' if len(named) > 5 else ''}: in the scores or in the manifest, not in both, "
                         "or scored as another class; score what was not submitted with score_crop(None, truth, …)")
     names = {row["metric"] for row in rows.values()}
     if len(names) != 1: raise PytcError(f"scores of {len(names)} metrics were given ({', '.join(sorted(names)) or 'no row at all'}); pool those of one")
@@ -248,7 +246,7 @@ def pool_scores(
 def score_table(result: dict) -> str:
     "The result of `pool_scores` as text; the last column is the strict score."
     columns = "f1", "normalized_hausdorff_distance", "combined_score", "iou"
-    lines = [f"{result['metric']:12} {' '.join(columns)} strict"]
+    lines = [f"{result['metric']} {' '.join(columns)} strict"]
     for label, row in result["label_scores"].items():
         strict = next(result["strict"]["label_scores"][label][name] for name in ("combined_score", "iou") if name in row)
         cells = [f"{row[name]:.4f}" if name in row else "" for name in columns]
