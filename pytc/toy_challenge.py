@@ -117,14 +117,15 @@ class Scene:
 
     def at(self, grid: Grid) -> tuple:
         "`(atom, solid, cell)` at the centres of a grid's voxels: number of the atomic class in `ATOMS`, of the organelle, of the cell."
-        axes = np.ix_(*[o + np.arange(n) * v for o, n, v in zip(grid.offset, grid.shape, grid.voxel_size)])
-        away = sum((c - EXTENT / 2) * n for c, n in zip(axes, self.normal))
+        axes = [o + np.arange(n) * v for o, n, v in zip(grid.offset, grid.shape, grid.voxel_size)]
+        away = sum((c - EXTENT / 2) * n for c, n in zip(np.ix_(*axes), self.normal))
         outside, near = abs(away) < GAP, abs(away) < GAP + MEMBRANE
         atom = np.where(outside, 0, np.where(near, 1, ATOMS.index("cyto"))).astype(np.uint8)
         solid, deepest = np.zeros(grid.shape, np.uint8), np.zeros(grid.shape, np.float32)
         for number, (kind, one) in enumerate(self.solids, 1):
-            region = tuple(slice(*np.searchsorted(c.ravel(), (m - one.reach, m + one.reach))) for c, m in zip(axes, one.middle))
-            depth = one.depth(*(c[tuple(r if k == a else slice(None) for a, r in enumerate(region))] for k, c in enumerate(axes)))
+            region = tuple(slice(*np.searchsorted(c, (m - one.reach, m + one.reach))) for c, m in zip(axes, one.middle))
+            if any(side.start == side.stop for side in region): continue
+            depth = one.depth(*np.ix_(*[c[side] for c, side in zip(axes, region)]))
             here = depth > deepest[region]
             membrane, lumen = map(ATOMS.index, LAYERS[kind])
             atom[region][here] = np.where(depth[here] < MEMBRANE, membrane, lumen)
@@ -141,10 +142,10 @@ class Scene:
 
     def grey(self, grid: Grid):
         "What a microscope would see without noise: each voxel the mean of eight points in it."
-        # Few sections at a time, as all points at once take long to get at.
-        first, size = np.array(grid.offset), grid.voxel_size
-        some = lambda z: Layout((min(4, grid.shape[0] - z), *grid.shape[1:]), size, tuple((first + (z * size[0], 0, 0)).tolist()))
-        return np.concatenate([averaged(GREY[self.at(finer(some(z)))[0]]) for z in range(0, grid.shape[0], 4)])
+        # A million points at a time, as more take long to get at.
+        first, size, step = np.array(grid.offset), grid.voxel_size, max(1, (1 << 17) // int(np.prod(grid.shape[1:])))
+        some = lambda z: Layout((min(step, grid.shape[0] - z), *grid.shape[1:]), size, tuple((first + (z * size[0], 0, 0)).tolist()))
+        return np.concatenate([averaged(GREY[self.at(finer(some(z)))[0]]) for z in range(0, grid.shape[0], step)])
 
 
 def compact(ids):
