@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .core import Box, PytcError, log, one_of, write_json
+from .core import PytcError, log, one_of, write_json
 from .volumes import Layout
 
 # %% ../nbs/18_cellmap_classes.ipynb #50408962

@@ -10,7 +10,6 @@ __all__ = ['DIRECTIONS', 'NUMBERS', 'ATOMS', 'GROUPS', 'INSTANCES', 'GREY', 'LAY
            'measured_shift']
 
 # %% ../nbs/18b_toy_challenge.ipynb #25fa8a70
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
