@@ -131,7 +131,7 @@ def contingency(
     ignore_zero_gt=True, # leave voxels out whose truth is 0
     threads=1, # so many slabs at a time; the table is the same
 ) -> Contingency:
-    "The overlaps of a prediction with the truth; uses no memory that grows with the volume."
+    "The overlaps of a prediction with the truth; in the machine's byte order and without a mask, no memory grows with the volume."
     seg, gt, mask = check_pair(seg, gt, mask)
     starts = np.linspace(0, len(gt), max(1, min(threads, len(gt))) + 1).astype(int) if gt.ndim else [0]
     slabs = [np.s_[a:b] for a, b in pairwise(starts)] or [...]

@@ -18,6 +18,7 @@ from .metrics import connected_parts, dense_scores, evaluate_instance, oracle_me
 from .object_errors import object_errors, write_object_errors
 from .regions import UNKNOWN, read_labels
 from .samples import MemoryVolume
+from .search import Truth, bootstrap, shares
 from .skeletons import SkeletonMetrics, load_skeletons, node_labels
 from .tuning import node_scores, skeletons_in
 from .viewing import save_picture
@@ -105,8 +106,9 @@ def evaluate_files(
     known = {"segmentation": str(segmentation), "truth": truth and str(truth), "skeletons": skeletons and str(skeletons), "box_nm": [list(map(float, box.begin)), list(map(float, box.end))],
              "conventions": {**CONVENTIONS, "truth": "cut into 6-connected parts inside the box" if parts else "as given"}, "rows": rows}
     if labels is None: return known
-    table = contingency(found.array, labels, mask)
-    return known | {"merged_at_best": dense_scores(oracle_merge(table)), "errors": object_errors(found.array, labels, mask, ours.voxel_size, found.offset)}
+    table, judged = contingency(found.array, labels, mask), Truth(MemoryVolume(labels, found.voxel_size, found.offset))
+    intervals = {metric: bootstrap(shares(found.array, judged, metric)) for metric in ("voi_sum", "adapted_rand_error")} if table.total else {}
+    return known | {"merged_at_best": dense_scores(oracle_merge(table)), "intervals": intervals, "errors": object_errors(found.array, labels, mask, ours.voxel_size, found.offset)}
 
 
 def without_errors(result: dict) -> dict: return {key: value for key, value in result.items() if key != "errors"}

@@ -104,7 +104,7 @@ def mostly_unknown(
     "The ids of predicted objects with more than half their voxels where the mask is 0."
     # What stands for "unknown" may be a negative label.
     table = contingency(np.maximum(seg, 0), np.asarray(mask) != 0, ignore_zero_gt=False)
-    return table.seg[(table.gt == 0) & (2 * table.counts > table.seg_sizes)]
+    return table.seg[(table.gt == 0) & (table.seg != 0) & (2 * table.counts > table.seg_sizes)]
 
 
 def _overlaps(seg, gt, mask):

@@ -9,15 +9,17 @@ __all__ = ['voi', 'rand_precision_recall', 'adapted_rand', 'connected_parts', 'o
 # %% ../nbs/14c_metrics.ipynb #4bb7f5e5
 import numpy as np
 
+from .components import _checked_labels
 from .contingency import Contingency, check_pair, contingency
 from .core import PytcError, one_of
 from .matching import object_scores
-from .surfaces import foreground, surface_scores
+from .surfaces import known_foreground, surface_scores
 
 # %% ../nbs/14c_metrics.ipynb #48aece54
 def _pairs(seg, gt, mask, background):
     "`(counts, sizes of their true objects, sizes of their predicted ones, how often)`, of each pair, under a convention for predicted 0."
     one_of(background, ("object", "ignored", "singletons"), "background")
+    if isinstance(seg, Contingency) and not (gt is None and mask is None): raise PytcError("a table of overlaps and labels were given; pass one of them")
     table = seg if isinstance(seg, Contingency) else contingency(seg, gt, mask)
     nobody = table.seg == 0
     if background == "ignored": table = Contingency(table.gt[~nobody], table.seg[~nobody], table.counts[~nobody])
@@ -75,6 +77,7 @@ def connected_parts(
     labels = np.asarray(labels)
     if labels.ndim != 3 or labels.dtype.kind not in "biu":
         raise PytcError(f"labels of shape {labels.shape} and type {labels.dtype} were given; expected whole numbers of shape (z, y, x)")
+    if labels.dtype.kind != "b": labels = _checked_labels(labels)
     return cc3d.connected_components(labels, connectivity=6) if labels.size else np.zeros(labels.shape, np.uint32)
 
 # %% ../nbs/14c_metrics.ipynb #1fe5d027
@@ -85,9 +88,8 @@ def oracle_merge(
     order = np.lexsort((table.gt, -table.counts, table.seg))
     first = np.r_[True, table.seg[order][1:] != table.seg[order][:-1]][:len(order)]
     owners, of = table.gt[order][first], np.cumsum(first) - 1
-    merged = np.zeros_like(table.seg)
-    # Background keeps its id, so that of a true object must be another.
-    merged[order] = np.where(table.seg[order] == 0, 0, owners[of] + np.uint64(1))
+    merged, number = np.zeros_like(table.seg), np.unique(owners, return_inverse=True)[1] + 1
+    merged[order] = np.where(table.seg[order] == 0, 0, number[of])
     one = Contingency(table.gt, merged, table.counts)
     return one + Contingency(*(part[:0] for part in (one.gt, one.seg, one.counts)))
 
@@ -126,6 +128,6 @@ def evaluate_semantic(
 ) -> dict:
     "`mask_scores`; with a voxel size also `hausdorff`, `hausdorff_95` and `average_surface_distance` in nm."
     distances = {} if voxel_size is None else surface_scores(pred, gt, voxel_size, mask, max_distance=max_distance)
-    pred, gt, mask = check_pair(foreground(pred, "prediction"), foreground(gt, "truth"), mask)
+    pred, gt, mask = check_pair(*known_foreground(pred, gt, mask), mask)
     if mask is not None: pred, gt = pred[mask], gt[mask]
     return {**mask_scores(*(int(np.count_nonzero(m)) for m in (pred & gt, pred, gt)), pred.size), **distances}

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from .contingency import check_pair, contingency
-from .core import atomic_path
+from .core import PytcError, atomic_path
+from .distances import check_voxel_size
 
 # %% ../nbs/14e_object_errors.ipynb #1f65c2f4
 def worst_first(
@@ -44,7 +45,7 @@ def _contacts(inside, parts):
         before, after = (tuple(slice(None, -1) if a == axis else slice(None) for a in range(3)), tuple(slice(1, None) if a == axis else slice(None) for a in range(3)))
         face = (inside[before] == inside[after]) & (inside[before] != 0) & (parts[before] != parts[after]) & (parts[before] != 0) & (parts[after] != 0)
         pair = np.sort(np.stack([parts[before][face], parts[after][face]], axis=1), axis=1)
-        keys.append(np.column_stack([inside[before][face], pair]).astype(np.uint64))
+        keys.append(np.column_stack([inside[before][face].astype(np.uint64), pair.astype(np.uint64)]))
         places.append(np.argwhere(face) + 0.5 * (np.arange(3) == axis))
     return np.concatenate(keys), np.concatenate(places)
 
@@ -110,7 +111,8 @@ def object_errors(
     offset=(0, 0, 0),     # nm: the centre of the first voxel
 ) -> list:
     "Every split and every merge as an `ObjectError`, those that cost most voxels first; unassigned voxels are neither."
-    seg, gt, mask = check_pair(seg, gt, mask)
+    (seg, gt, mask), voxel_size = check_pair(seg, gt, mask), check_voxel_size(voxel_size)
+    if gt.ndim != 3: raise PytcError(f"labels of shape {gt.shape} were given; expected (z, y, x), write labels[None] for one section")
     if mask is not None: gt = np.where(mask, gt, 0)
     table = contingency(seg, gt)
     assigned = table.seg != 0

@@ -67,6 +67,7 @@ def checked(
 ) -> Skeletons:
     "`skeletons` with each edge once, in order; raises a `PytcError` for what no skeleton can be."
     ids, positions, edges = (np.asarray(a) for a in (skeletons.ids, skeletons.positions, skeletons.edges))
+    if edges.size and (edges.ndim != 2 or edges.shape[1] != 2): raise PytcError(f"{name}: edges of shape {edges.shape}; give (E, 2), the nodes at both ends")
     edges, count = edges.reshape(-1, 2), len(ids)
     def refuse(wrong, what, advice):
         if np.any(wrong): raise PytcError(f"{name}: {np.count_nonzero(wrong)} {what}; {advice}")
@@ -75,6 +76,7 @@ def checked(
     if ids.dtype.kind not in "iu" or edges.dtype.kind not in "iu" and edges.size:
         raise PytcError(f"{name}: ids of type {ids.dtype} and edges of type {edges.dtype}; give whole numbers")
     refuse(ids <= 0, "nodes have an id of 0 or less", "0 is background, so number the neurons from 1")
+    if skeletons.radii is not None and np.shape(skeletons.radii) != (count,): raise PytcError(f"{name}: {count} ids and radii of shape {np.shape(skeletons.radii)}; give (N,), in nm")
     refuse(~np.isfinite(positions).all(1), "nodes have a position that is not finite", "remove them, or trace them again")
     edges = edges.astype(np.int64)
     refuse(((edges < 0) | (edges >= count)).any(1), f"edges lead to a node that is not there (there are {count})", "the file is incomplete: copy it again")
@@ -152,7 +154,7 @@ def _read_swc(path, unit):
     unit, parts = np.ones(3) if unit is None else np.asarray(unit, np.float64), []
     for number, file in zip(numbers, files):
         with _named(file): positions, radii, edges = _swc_rows(file)
-        parts.append((np.full(len(radii), number), positions * unit, edges, radii * np.cbrt(unit.prod())))
+        parts.append((np.full(len(radii), number, np.uint64), positions * unit, edges, radii * np.cbrt(unit.prod())))
     return _joined(parts)
 
 
@@ -333,7 +335,8 @@ def skeletonize(
     # Parameters that are not given would not be kimimaro's defaults, and the paths would run along the border.
     params = {**kimimaro.intake.DEFAULT_TEASAR_PARAMS, "scale": scale, "const": const}
     found = kimimaro.skeletonize(np.where(labels > 0, labels, 0), params, tuple(map(float, voxel_size)), dust_threshold=dust, progress=False, parallel=1)
-    parts = [(np.full(len(one.vertices), id), one.vertices + np.asarray(offset, np.float64), one.edges.astype(np.int64), one.radius) for id, one in sorted(found.items())]
+    parts = [(np.full(len(one.vertices), id, np.uint64), one.vertices + np.asarray(offset, np.float64), one.edges.astype(np.int64), one.radius) for id, one in sorted(found.items())]
     none = np.zeros(0)
     joined = _joined(parts) if parts else Skeletons(none.astype(labels.dtype), none.reshape(0, 3), none.astype(np.int64).reshape(0, 2), none)
-    return replace(joined, voxel_size=np.asarray(voxel_size, np.float64))
+    # An array that does not begin at 0 must say so itself.
+    return replace(joined, voxel_size=None if np.any(offset) else np.asarray(voxel_size, np.float64))

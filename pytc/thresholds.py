@@ -13,9 +13,9 @@ from numba import njit
 
 from .affinities import AffinitySpec
 from .agglomeration import _fraction, agglomerate
-from .components import _components, _cut, _root, check_probabilities, nearest_edges
+from .components import _check_voxels, _components, _cut, _root, check_probabilities, decoders, nearest_edges
 from .contingency import _grown, _place, _planes, check_ids, check_pair
-from .core import PytcError
+from .core import PytcError, one_of
 
 # %% ../nbs/15b_thresholds.ipynb #1fd05615
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class _Ladder:
     "How many of the rising thresholds a probability is strictly above."
 
     def __init__(self, thresholds, dtype):
+        dtype = dtype.newbyteorder("=")
         self.shift = 8 * dtype.itemsize - 16 if dtype.kind == "f" and dtype.itemsize > 2 else 0
         self.cuts = np.array([self.whole(np.array([_cut(t, dtype)]))[0] for t in thresholds], np.int64)
         top = np.ones(1, dtype) if dtype.kind == "f" else np.array([255], dtype)
@@ -64,6 +65,7 @@ class _Ladder:
 
     def __call__(self, values, out):
         "Write the levels of a plane of edges into `out`."
+        values = values.astype(values.dtype.newbyteorder("="), copy=False)
         check_probabilities(values)
         _levels(self.whole(values), self.cuts, self.below, self.shift, out)
 
@@ -103,7 +105,8 @@ def component_hierarchy(
 ) -> Hierarchy:
     "The components of the affinities' nearest edges at all thresholds; at each they are those of `connected_components`."
     edges, rising = nearest_edges(np.asarray(affinities), spec or AffinitySpec()), np.unique(np.asarray(thresholds, float))
-    if len(rising) > 255: raise PytcError(f"{len(rising)} thresholds were given; one pass takes up to 255")
+    if not 0 < len(rising) <= 255: raise PytcError(f"{len(rising)} thresholds were given; one pass takes 1 to 255")
+    _check_voxels(min_size=min_size)
     labels = _components(edges, rising[-1])
     ladder, plane = _Ladder(rising, edges[0].dtype), labels.shape[1] * labels.shape[2]
     levels, above = np.zeros((2, 3, *labels.shape[1:]), np.uint8)
@@ -141,6 +144,7 @@ def hierarchy(
     **params,     # of it, beside the threshold
 ):
     "The decoder's objects at all thresholds, None for one whose objects do not only grow as its threshold falls."
+    one_of(decoder, decoders, "decoder")
     if decoder == "watershed_agglomeration": return tree_hierarchy(prediction, thresholds, **params)
     absorb = params.pop("absorb", 0)
     return component_hierarchy(prediction, thresholds, **params) if decoder == "connected_components" and not absorb else None
