@@ -213,7 +213,7 @@ class Evaluation:
     thresholds: Optional[list[float]] = None # tried on the validation box
     relabel_truth: bool = True               # cut truth into its 6-connected parts inside the scored box
     references: dict[str, str] = field(default_factory=dict) # other segmentations of the test volume, scored beside ours
-    require: dict[str, float] = field(default_factory=dict)  # the run fails when a score is worse (higher)
+    require: dict[str, float] = field(default_factory=dict)  # the run fails when a score is worse
     every_n_epochs: int = 0                  # while training, the validation part is segmented and scored so often; 0: only after training
     skeletons: Optional[str] = None          # true skeletons of the validation volume, for NERL
 

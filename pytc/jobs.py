@@ -14,6 +14,7 @@ import numpy as np
 
 import pytc
 from .core import PytcError, check_same, checksum, limit_threads, named_disk_errors, one_of, readable_bytes, refuse_existing, write_json
+from .evaluation import reaches
 from .machine import memory_budget, requeue_on_signal
 from .released import find_checkpoint
 from .samples import shipped
@@ -92,10 +93,10 @@ def kept(path, known: dict, make) -> dict:
 
 # %% ../nbs/21_jobs.ipynb #67ac5e60
 def check_required(scores: dict, required: dict):
-    "Raise if a score is above its bound in `required`, e.g. `{'voi_sum': 1.5}`."
+    "Raise if a score is worse than its bound in `required`, e.g. `{'voi_sum': 1.5}`: above it, or, of scores whose largest is best, below."
     for name, bound in required.items():
         one_of(name, scores, "score in evaluation.require:")
-        if not scores[name] <= bound: raise PytcError(f"the segmentation is not good enough: {name} is {scores[name]:.3f}, and evaluation.require allows {bound}; look at the pictures of the run")
+        if not reaches(name, scores[name], bound): raise PytcError(f"the segmentation is not good enough: {name} is {scores[name]:.3f}, and evaluation.require allows {bound}; look at the pictures of the run")
 
 # %% ../nbs/21_jobs.ipynb #cf597d15
 def _inputs(cfg, config) -> list:

@@ -42,9 +42,9 @@ def release(
     from pytc.training import read_checkpoint
     from pytc.watching import averaged
     stored = read_checkpoint(find_checkpoint(run_dir))
-    about, config = stored["pytc"], stored["pytc"]["config"]
+    about, config = {key: value for key, value in stored["pytc"].items() if key != "validation"}, stored["pytc"]["config"]
     elsewhere = lambda key: key.endswith(("_image", "_label", "_mask", "cache_dir"))
-    config = {**config, "data": {**{key: None if elsewhere(key) else value for key, value in config["data"].items()}, "sources": []}, "evaluation": {**config["evaluation"], "references": {}}}
+    config = {**config, "data": {**{key: None if elsewhere(key) else value for key, value in config["data"].items()}, "sources": []}, "evaluation": {key: {"references": {}, "skeletons": None}.get(key, value) for key, value in config["evaluation"].items()}}
     weights = {name: tensor.half() if tensor.ndim > 1 else tensor for name, tensor in averaged(stored).items()}
     small = {"pytc": {**about, "config": config, "decoder": decoder_of(find_checkpoint(run_dir))}, "state_dict": weights, "epoch": stored["epoch"]}
     with atomic_path(out) as partial: torch.save(small, partial)

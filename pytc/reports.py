@@ -21,7 +21,7 @@ import numpy as np
 from .config import SEGMENTATION_SCORES, Config, load_config
 from .contingency import contingency
 from .core import PytcError, atomic_path
-from .evaluation import draw_rows
+from .evaluation import draw_rows, reaches
 from .object_errors import worst_first
 from .regions import open_image, open_labels
 from .tuning import truth_of
@@ -371,7 +371,7 @@ def score_part(run) -> dict:
     required = or_reason(lambda: read_settings(run)["evaluation"]["require"])
     test = scores["test"]
     bounds = [] if "missing" in required else [
-        {"name": name, "value": test[name], "bound": bound, "met": test[name] <= bound} for name, bound in required.items()]
+        {"name": name, "value": test[name], "bound": bound, "met": reaches(name, test[name], bound)} for name, bound in required.items()]
     return {"rows": rows, "test": test, "bounds": bounds}
 
 
@@ -490,8 +490,8 @@ MACROS = """
 <div class="charts">{% for c in part.charts %}<figure role="img" aria-label="{{ c.alt }}">{{ c.svg | safe }}</figure>{% endfor %}</div>{%
 endif %}{% endmacro -%}
 {%- macro chip(o) %}<span class="chip" style="background: {{ o.color }}"></span>{% endmacro -%}
-{%- macro scores_of(s) %}{% for key in ("voi_sum", "voi_split", "voi_merge", "adapted_rand_error") %}<td>{{ "%.3f" % s[key] }}</td>{%
-endfor %}<td>{{ s.n_objects_pred }}</td>{% endmacro -%}
+{%- macro scores_of(s) %}{% for key in ("voi_sum", "voi_split", "voi_merge", "adapted_rand_error", "nerl") %}<td>{{ "%.3f" % s[key] if
+key in s }}</td>{% endfor %}<td>{{ s.n_objects_pred }}</td>{% endmacro -%}
 {%- macro judged(group, noun, parts, part, sentence) %}
 <h3>{{ noun | capitalize }}s {{ sentence }}</h3>
 {% if group.cards %}<p class="soft">{{ group.number }} {{ noun }}s cost {{ "%.3f" % group.bits }} bits of {{ part }} VOI; the first {{
@@ -515,17 +515,18 @@ PAGE = """<!doctype html>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>{{ name }}: run report</title><style>{{ css | safe }}</style></head><body>
 <header><p class="soft">Run report</p><h1>{{ name }}</h1>
-{% if scores.missing %}{{ reason(scores) }}{% else %}<p class="headline">VOI {{ "%.3f" % scores.test.voi_sum }} bits (split {{ "%.3f" %
-scores.test.voi_split }},
+{% if scores.missing %}{{ reason(scores) }}{% else %}<p class="headline">{% if "voi_sum" in scores.test %}VOI {{ "%.3f" %
+scores.test.voi_sum }} bits (split {{ "%.3f" % scores.test.voi_split }},
 merge {{ "%.3f" % scores.test.voi_merge }}), adapted Rand error {{ "%.3f" % scores.test.adapted_rand_error }}:
-{{ scores.test.n_objects_pred }} objects where the truth has {{ scores.test.n_objects_gt }}.</p>
-{% for b in scores.bounds %}<p>Required: {{ b.name }} at most {{ b.bound }}; it is {{ "%.3f" % b.value }}, <span
+{{ scores.test.n_objects_pred }} objects where the truth has {{ scores.test.n_objects_gt }}.{% endif %}{% if "nerl" in scores.test %}
+NERL {{ "%.3f" % scores.test.nerl }}.{% endif %}</p>
+{% for b in scores.bounds %}<p>Required: {{ b.name }} as good as {{ b.bound }}; it is {{ "%.3f" % b.value }}, <span
 class="{{ "met" if b.met else "unmet" }}">{{ "met" if b.met else "not met" }}</span>.</p>{% endfor %}{% endif %}</header>
 <nav aria-label="contents">{% for anchor, title in contents %}<a href="#{{ anchor }}">{{ title }}</a>{% endfor %}</nav>
 <main>
 <section id="scores"><h2>Scores of the test part</h2>
 {% if scores.missing %}{{ reason(scores) }}{% else %}<div class="scroll"><table><thead><tr><th></th><th>VOI (bits)</th><th>split</th>
-<th>merge</th><th>adapted Rand error</th><th>objects</th></tr></thead>
+<th>merge</th><th>adapted Rand error</th><th>NERL</th><th>objects</th></tr></thead>
 <tbody>{% for row, s in scores.rows.items() %}<tr{% if row == "this run" %} class="ours"{% endif %}><th scope="row">{{ row }}</th>{{
 scores_of(s) }}</tr>{% endfor %}</tbody></table></div>
 <p class="soft">Smaller is better. One object and perfect are what everything in one object, and the truth itself, would score.</p>{% endif

@@ -18,11 +18,13 @@ import numpy as np
 from .config import SEGMENTATION_SCORES, load_config
 from .core import PytcError, check_same, claim, one_of, write_json
 from .decoding import _check_memory, configured, decode, decoder_input, decoders
+from .datasets import with_target_size
 from .metrics import connected_parts, contingency
 from .regions import open_labels, open_part
 from .released import find_checkpoint
 from .samples import MemoryVolume, Skeletons
 from .skeletons import SkeletonMetrics
+from .splits import with_split
 from .tuning import _usual, best_row, skeletons_in, threshold_sweep
 from .viewing import save_picture
 from .volumes import open_volume
@@ -509,7 +511,7 @@ def tune(
     run_dir = Path(run_dir)
     if trials < 1: raise PytcError(f"{trials} trials were asked for; the first is the default, so ask for at least 1")
     find_checkpoint(run_dir)
-    cfg = load_config(run_dir / "config.yaml")
+    cfg = with_target_size(with_split(load_config(run_dir / "config.yaml")))
     # What the config calls its metric is not what is searched for.
     usual, cfg.evaluation.metric = cfg.evaluation.metric, one_of(metric or cfg.evaluation.metric, SEGMENTATION_SCORES, "metric")
     metric = cfg.evaluation.metric

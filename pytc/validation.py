@@ -49,22 +49,27 @@ class ValidationSlab:
 
     def __init__(self, cfg):
         self.cfg, data = cfg, cfg.data
-        if not data.validation or not (data.val_box or data.val_image): raise PytcError("there is nothing to validate on; set data.val_box, data.val_image or data.split.val, or evaluation.every_n_epochs=0")
+        if not (data.val_box or data.val_image): raise PytcError("there is nothing to validate on; set data.val_box, data.val_image or data.split.val, or evaluation.every_n_epochs=0")
         self.target = build_target(data.target.name, **data.target.params)
         self.asked = configured(cfg.decoding, self.target)
         self.image, self.label, self.region = open_part(data, "val")
         self.skeletons = self._skeletons(cfg.evaluation)
         truth = self.truth()
-        if self.skeletons is None and (truth is None or not truth.any()): raise PytcError("the validation part holds no labelled voxel; set data.val_label, or choose another data.val_box")
+        if self.skeletons is None and truth is None: raise PytcError("the validation part holds no labelled voxel; set data.val_label, or choose another data.val_box")
+        if self.skeletons is None and cfg.evaluation.metric == "nerl": raise PytcError("no edge of evaluation.skeletons lies in the validation part, so nerl has nothing to measure; choose another data.val_box")
         self._rehearse()
 
     def _skeletons(self, evaluation):
         one_of(evaluation.metric, SEGMENTATION_SCORES, "evaluation.metric")
         if evaluation.metric == "nerl" and not evaluation.skeletons: raise PytcError("evaluation.metric is nerl, which is measured on skeletons; set evaluation.skeletons")
         if not evaluation.skeletons: return None
-        return skeletons_in(load_skeletons(evaluation.skeletons), self._volume(np.zeros((1, *np.subtract(*self.region[::-1])), bool)), self.truth() if evaluation.relabel_truth else None)
+        inside = skeletons_in(load_skeletons(evaluation.skeletons), self._volume(np.zeros((1, *np.subtract(*self.region[::-1])), bool)), self.truth() if evaluation.relabel_truth else None)
+        return inside if len(inside.edges) else None
 
-    def truth(self): return None if self.label is None else truth_of(self.cfg, self.image, self.label, self.region)
+    def truth(self):
+        "Labels of the part, None where there are none."
+        labels = None if self.label is None else truth_of(self.cfg, self.image, self.label, self.region)
+        return labels if labels is not None and labels.any() else None
 
     def _volume(self, values):
         offset = tuple(o + start * v for o, start, v in zip(self.image.offset, self.region[0], self.image.voxel_size))
@@ -145,7 +150,9 @@ class SegmentationValidation(Callback):
 
 def validation_callbacks(cfg) -> list:
     "What a config asks for while it trains; for `callbacks` of `pytc.training.fit`."
-    return [SegmentationValidation(cfg)] if cfg.evaluation.every_n_epochs else []
+    if not cfg.evaluation.every_n_epochs: return []
+    if not cfg.data.validation: raise PytcError("evaluation.every_n_epochs asks for scores of the validation part while data.validation is false; set one of them")
+    return [SegmentationValidation(cfg)]
 
 # %% ../nbs/16b_validation.ipynb #f360988a
 class _Validation:
