@@ -135,7 +135,8 @@ def evaluate(
     region = parse_voxels(box, open_volume(segmentation).shape) if box else None
     result = evaluate_files(segmentation, truth, skeletons, region, unknown, parts, dict(_pair(one) for one in also or []))
     print(score_table(result["rows"]))
-    if "merged_at_best" in result: print(f"with its pieces merged as well as can be: VOI {result['merged_at_best']['voi_sum']:.3f}")
+    for metric, (low, high) in result.get("intervals", {}).items(): print(f"{metric} in 95 % of draws of the true objects: {low:.3f} to {high:.3f}")
+    if "merged" in result: print(f"with each piece merged into the true object it shares most voxels with: VOI {result['merged']['voi_sum']:.3f}")
     if json_file: write_json(json_file, without_errors(result))
     for path in ([json_file] if json_file else []) + (write_evaluation(result, out) if out else []): print(f"wrote {path}")
 

@@ -116,7 +116,7 @@ def evaluate_files(
     if labels is None: return known
     table, judged = contingency(found.array, labels, mask), Truth(MemoryVolume(labels, found.voxel_size, found.offset))
     intervals = {metric: bootstrap(shares(found.array, judged, metric)) for metric in ("voi_sum", "adapted_rand_error")} if table.total else {}
-    return known | {"merged_at_best": dense_scores(oracle_merge(table)), "intervals": intervals, "errors": object_errors(found.array, labels, mask, ours.voxel_size, found.offset)}
+    return known | {"merged": dense_scores(oracle_merge(table)), "intervals": intervals, "errors": object_errors(found.array, labels, mask, ours.voxel_size, found.offset)}
 
 
 def without_errors(result: dict) -> dict: return {key: value for key, value in result.items() if key != "errors"}
