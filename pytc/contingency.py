@@ -39,23 +39,28 @@ def _grown(table):
 
 
 @njit(cache=True, nogil=True)
-def _count(gt, seg, voxels, skip_zero, table, used):
-    "Add every run of equal pairs; `voxels` per entry, or empty for one each. Returns the table and how many pairs it holds."
+def _count(gt, seg, voxels, skip_zero, table, used, first):
+    "Add every run of equal pairs; `voxels` per entry, or empty for one each; rows of `first` are (gt, count) of a predicted id. Returns the table and how many pairs it holds."
     i = 0
     while i < gt.size:
         g, s, start = gt[i], seg[i], i
         while i < gt.size and gt[i] == g and seg[i] == s: i += 1
         if g == 0 and skip_zero: continue
+        size = np.uint64(voxels[start:i].sum() if voxels.size else i - start)
+        if np.uint64(s) < np.uint64(len(first)) and (first[s, 1] == 0 or first[s, 0] == g):
+            first[s, 0] = g
+            first[s, 1] += size
+            continue
         place = _place(table, np.uint64(g), np.uint64(s))
         if table[place, 2] == 0:
             table[place, 0], table[place, 1] = g, s
             used += 1
-        table[place, 2] += np.uint64(voxels[start:i].sum() if voxels.size else i - start)
+        table[place, 2] += size
         if 2 * used > len(table): table = _grown(table)
     return table, used
 
 # %% ../nbs/14_contingency.ipynb #7ae464a6
-_ONE_EACH = np.empty(0, np.int64)
+_ONE_EACH, _NO_FIRST = np.empty(0, np.int64), np.empty((0, 2), np.uint64)
 
 
 def _empty_table(): return np.zeros((2**14, 3), np.uint64), 0
@@ -69,14 +74,16 @@ class Contingency:
     counts: np.ndarray
 
     @classmethod
-    def of_table(cls, table):
-        gt, seg, counts = np.ascontiguousarray(table[table[:, 2] > 0].T)
+    def of_table(cls, table, first=_NO_FIRST):
+        seg = np.flatnonzero(first[:, 1]).astype(np.uint64)
+        alone = np.column_stack([first[seg, 0], seg, first[seg, 1]])
+        gt, seg, counts = np.ascontiguousarray(np.concatenate([alone, table[table[:, 2] > 0]]).T)
         return cls(gt, seg, counts.astype(np.int64))
 
     def __add__(self, other):
         "The table of two regions that do not overlap."
         gt, seg, counts = (np.concatenate([getattr(t, name) for t in (self, other)]) for name in ("gt", "seg", "counts"))
-        return Contingency.of_table(_count(gt, seg, counts, False, *_empty_table())[0])
+        return Contingency.of_table(_count(gt, seg, counts, False, *_empty_table(), _NO_FIRST)[0])
 
     @property
     def total(self): return int(self.counts.sum())
@@ -94,7 +101,7 @@ def _sizes(ids, counts):
         numbers = ids.astype(np.int64)
         return np.bincount(numbers, counts)[numbers].astype(np.int64)  # exact below 2⁵³ voxels
     alone = np.zeros_like(ids)
-    return _read(ids, _count(ids, alone, counts, False, *_empty_table())[0])
+    return _read(ids, _count(ids, alone, counts, False, *_empty_table(), _NO_FIRST)[0])
 
 
 @njit(cache=True, nogil=True)
@@ -138,11 +145,13 @@ def contingency(
     seg, gt, mask = check_pair(seg, gt, mask)
     starts = np.linspace(0, len(gt), max(1, min(threads, len(gt))) + 1).astype(int) if gt.ndim else [0]
     slabs = [np.s_[a:b] for a, b in pairwise(starts)] or [...]
+    most = int(seg.max(initial=0))
+    objects = most + 1 if 0 <= most < seg.size // 4 else 0
     def count(slab):
-        table = _empty_table()
+        table, first = _empty_table(), np.zeros((objects, 2), np.uint64)
         for some_seg, some_gt in _planes(seg[slab], gt[slab], None if mask is None else mask[slab]):
-            table = _count(some_gt, some_seg, _ONE_EACH, ignore_zero_gt, *table)
-        return Contingency.of_table(table[0])
+            table = _count(some_gt, some_seg, _ONE_EACH, ignore_zero_gt, *table, first)
+        return Contingency.of_table(table[0], first)
     with ThreadPoolExecutor(len(slabs)) as pool: result = reduce(add, pool.map(count, slabs))
     for name, ids, kind in (("truth", result.gt, gt.dtype), ("prediction", result.seg, seg.dtype)): check_ids(name, ids, kind)
     return result
