@@ -18,7 +18,6 @@ import numpy as np
 from .config import SEGMENTATION_SCORES, load_config
 from .core import PytcError, check_same, claim, one_of, write_json
 from .decoding import _check_memory, configured, decode, decoder_input, decoders
-from .datasets import with_target_size
 from .metrics import connected_parts, contingency
 from .regions import open_labels, open_part
 from .released import find_checkpoint
@@ -508,6 +507,7 @@ def tune(
     seed: int = 0,
 ) -> dict:
     "Search decoder parameters on the validation part of a run and make the best its decoder; the contents of RUN/tuning.json."
+    from pytc.datasets import with_target_size
     run_dir = Path(run_dir)
     if trials < 1: raise PytcError(f"{trials} trials were asked for; the first is the default, so ask for at least 1")
     find_checkpoint(run_dir)
