@@ -155,6 +155,9 @@ class ConnectomicsDataModule(LightningDataModule):
         "That of the first training volume, used for validation, test and prediction too."
         return self.given or self.of_sources[0][1]
 
+    @property
+    def voxel_size(self): return self.of_sources[0][0][0].voxel_size
+
     @functools.cached_property
     def of_sources(self) -> list:
         "`(what open_part gives, normalization)` per training source; one voxel size."
@@ -167,7 +170,7 @@ class ConnectomicsDataModule(LightningDataModule):
     @functools.cached_property
     def transform(self):
         "The augmentation of training patches."
-        return build_train_transforms(self.cfg, self.of_sources[0][0][0].voxel_size)
+        return build_train_transforms(self.cfg, self.voxel_size)
 
     @functools.cached_property
     def train(self):

@@ -31,12 +31,14 @@ def launch_command(nodes: int, processes: int, job) -> list:
 
 
 def fit_together(cfg, run_dir, checkpoint=None, fast_dev_run=False, data=None, init=None, reset=(), callbacks=None):
-    "As `pytc.training.fit`, in as many processes as the config asks for, which import `callbacks` by its name; in this one alone if that is one."
+    "As `pytc.training.fit`, in as many processes as the config asks for, which import `callbacks` and the class of `data` by their names; in this one alone if that is one."
     nodes, processes, done = cfg.system.num_nodes, processes_of(cfg), Path(run_dir) / "checkpoint.ckpt"
     if nodes * processes == 1: return fit(cfg, run_dir, checkpoint, fast_dev_run, data, init, reset, callbacks)
     if done.exists() and not fast_dev_run: return done
-    if callbacks and callbacks.__module__ == "__main__": raise PytcError(f"{callbacks.__name__} was written in a notebook or script, where the other processes cannot import it; put it into a module")
-    how = {"checkpoint": checkpoint and str(checkpoint), "fast_dev_run": fast_dev_run, "init": init and str(init), "reset": list(reset), "callbacks": callbacks and [callbacks.__module__, callbacks.__name__]}
+    named = {"data": data and type(data), "callbacks": callbacks}
+    for one in named.values():
+        if one and one.__module__ == "__main__": raise PytcError(f"{one.__name__} was written in a notebook or script, where the other processes cannot import it; put it into a module")
+    how = {"checkpoint": checkpoint and str(checkpoint), "fast_dev_run": fast_dev_run, "init": init and str(init), "reset": list(reset), **{key: one and [one.__module__, one.__name__] for key, one in named.items()}}
     job = Path(run_dir).resolve() / "distributed.json"
     command = launch_command(nodes, processes, job)
     write_json(job, {"config": OmegaConf.to_container(cfg, resolve=True), "run_dir": str(job.parent), **how})
@@ -66,8 +68,8 @@ def main(job):
     how = json.loads(Path(job).read_text())
     cfg = OmegaConf.merge(OmegaConf.structured(Config), how.pop("config"))
     start_logging()
-    module, name = how.pop("callbacks") or (None, None)
-    try: fit(cfg, **how, callbacks=module and getattr(importlib.import_module(module), name))
+    data, callbacks = (named and getattr(importlib.import_module(named[0]), named[1]) for named in (how.pop("data"), how.pop("callbacks")))
+    try: fit(cfg, **how, data=data and data(cfg), callbacks=callbacks)
     except PytcError as error:
         print(f"pytc: {' '.join(str(error).split())}", flush=True)
         sys.exit(1)

@@ -298,7 +298,7 @@ def fit(
     run_dir,                 # everything is written here; what an earlier, stopped call wrote is continued
     checkpoint=None,         # go on from the whole state in this checkpoint
     fast_dev_run=False,      # one batch of training and validation, nothing written
-    data: ConnectomicsDataModule = None, # default: as the config says
+    data=None,               # default: a `ConnectomicsDataModule` of the config
     init=None,               # begin with the weights of this checkpoint that fit
     reset=(),                # of the state in `checkpoint`, what begins anew: optimizer, scheduler, epoch
     callbacks=None,          # a function from the config to further Lightning callbacks
@@ -310,7 +310,7 @@ def fit(
     for part in reset: one_of(part, RESETS, "reset:")
     seed_everything(cfg.system.seed, verbose=False)
     data = data or ConnectomicsDataModule(cfg)
-    cfg = with_network_size(data.cfg, data.of_sources[0][0][0].voxel_size) # with what only the volumes tell
+    cfg = with_network_size(data.cfg, data.voxel_size) # with what only the volumes tell
     module, last, further = ConnectomicsModule(cfg, normalization=data.normalization), run_dir / "checkpoints/last.ckpt", callbacks(cfg) if callbacks else ()
     # Only who holds the folder knows what is in it: another process may be about to end there.
     with claim(run_dir) if chief and not fast_dev_run else contextlib.nullcontext():
