@@ -1,11 +1,12 @@
 """The gates of this book: `gates.py test` or `gates.py check` runs them in order, `gates.py test words imports` only those named."""
-import ast, atexit, functools, json, os, re, shutil, subprocess, symtable, sys, tempfile, time, traceback, zipfile
+import ast, atexit, functools, importlib, json, os, re, shutil, signal, subprocess, symtable, sys, tempfile, time, traceback, zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT, PYTHON, BIN = Path(__file__).resolve().parents[1], sys.executable, Path(sys.executable).parent
 COVERED = 80  # per cent of the lines of pytc/ that its notebooks must run
 HEAVY = {"torch", "monai", "lightning", "cellmap_data"}  # seconds each, so they stay out of `import pytc` and of `pytc --help`
+PRELOADED = "torch lightning.pytorch torchmetrics monai.transforms monai.networks.nets matplotlib.pyplot numba scipy.ndimage scipy.stats hypothesis IPython".split()
 VERBS = "train predict decode corrections evaluate suspects validate tune report info convert plan doctor download demo".split()
 FIB25 = {"voi_sum": 1.6, "adapted_rand_error": 0.25}  # a run on real tissue must score below these
 
@@ -73,8 +74,37 @@ def left_out(path): return any(re.search(r"^\W*skip_exec:\s*true", cell["source"
 def chapters(): return [path for path in sorted(tree().glob("nbs/*.ipynb")) if code_cells(path) and not left_out(path)]
 def module_of(path): return next((to for cell in code_cells(path) if (to := directive("default_exp", cell))), None)
 
-def run_notebooks(paths, flags="", under=()):
-    "Run each by nbdev_test in a process of its own; says how many ran and which took longest."
+def passed(said, path):
+    "Whether nbdev_test ran all of a notebook: it exits 0 when it tested nothing, but announces what it starts, and \"Success.\" after all."
+    return re.search(rf"^Starting .*/{path.name}\n(.*\n)*Success\.$", said, re.M)
+
+def fork(logs, *paths):
+    "Run notebooks in forks of this process, which has imported what takes most of them seconds; prints [path, exit code, seconds] of each."
+    for name in PRELOADED: importlib.import_module(name)
+    from nbdev.test import nbdev_test
+    waiting, running = list(paths), {}
+    while waiting or running:
+        while waiting and len(running) < 2:
+            path = waiting.pop(0)
+            if not (child := os.fork()):
+                signal.alarm(20 * 60)
+                log = os.open(Path(logs) / Path(path).name, os.O_CREAT | os.O_WRONLY)
+                for stream in (1, 2): os.dup2(log, stream)
+                return nbdev_test(path=path, do_print=True)
+            running[child] = path, time.time()
+        child, status = os.wait()
+        path, begun = running.pop(child)
+        print(json.dumps([path, os.waitstatus_to_exitcode(status), time.time() - begun]), flush=True)
+
+def run_forked(paths, env):
+    "(seconds, path) of the notebooks that pass in forks."
+    with tempfile.TemporaryDirectory(prefix="pytc-logs-") as logs:
+        said = run(PYTHON, __file__, "fork", logs, *paths, cwd=tree(), env=env, minutes=40)
+        done = [(seconds, Path(path)) for path, code, seconds in map(json.loads, re.findall(r"^\[.*\]$", said, re.M)) if code == 0]
+        return [(seconds, path) for seconds, path in done if passed((Path(logs) / path.name).read_text(errors="replace"), path)]
+
+def run_notebooks(paths, flags="", under=(), forked=False):
+    "Run each by nbdev_test in a process of its own, forks first if allowed; says how many ran and which took longest."
     # A CPU and no network is how a reader has the book: no GPU is visible, and the way out leads nowhere.
     env = ENV | {"PYTHONPATH": str(tree()), "MPLBACKEND": "Agg", "CUDA_VISIBLE_DEVICES": "", "no_proxy": "localhost,127.0.0.1"}
     env |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
@@ -83,11 +113,13 @@ def run_notebooks(paths, flags="", under=()):
         begun, problem = time.time(), ""
         try: said = run(PYTHON, *under, BIN / "nbdev_test", "--path", path, "--do_print", "--flags", flags, cwd=tree(), env=env)
         except Failed as failure: problem = str(failure)
-        # nbdev_test exits 0 when it tested nothing; it announces "Starting NAME" only where it executes cells, and "Success." after all.
-        else: problem = "" if re.search(rf"^Starting .*/{path.name}\n(.*\n)*Success\.$", said, re.M) else "nbdev_test did not run all of it"
+        else: problem = "" if passed(said, path) else "nbdev_test did not run all of it"
         return time.time() - begun, path.stem, problem
     # IPython keeps the compiled kernels of cells there, and would run an old one after a function that it calls has changed.
-    with tempfile.TemporaryDirectory(prefix="pytc-cache-") as env["XDG_CACHE_HOME"]: results = two_at_a_time(one, paths)
+    with tempfile.TemporaryDirectory(prefix="pytc-cache-") as env["XDG_CACHE_HOME"]:
+        # A fork may fail where a process of its own does not; what fails is run again in one, and that counts.
+        quick = run_forked(paths, env) if forked else []
+        results = [(seconds, path.stem, "") for seconds, path in quick] + two_at_a_time(one, [path for path in paths if path not in [path for _, path in quick]])
     failed = [f"{name}: {problem}" for _, name, problem in results if problem]
     COUNT[True], COUNT[False] = COUNT[True] + len(results) - len(failed), COUNT[False] + len(failed)
     if failed: refuse([f"{len(failed)} of {len(results)} notebooks; to see one alone: .venv/bin/nbdev_test --path nbs/NAME.ipynb", *failed])
@@ -166,7 +198,7 @@ def imported(path):
 def notebooks():
     "Every notebook runs, on a CPU and offline, and leaves no file behind."
     if not chapters(): raise Failed("no notebook in nbs/ has code; is this the whole checkout?")
-    said = [run_notebooks(chapters()), *(f"{path.stem} left out by its skip_exec" for path in tree().glob("nbs/*.ipynb") if left_out(path))]
+    said = [run_notebooks(chapters(), forked=True), *(f"{path.stem} left out by its skip_exec" for path in tree().glob("nbs/*.ipynb") if left_out(path))]
     unchanged("a notebook wrote into the project; let it write into a temporary folder")
     return ", ".join(said)
 
@@ -257,4 +289,4 @@ def main(suite="", *names):
     print(f"{COUNT[True]} passed, {COUNT[False]} failed")
     sys.exit(COUNT[False] > 0)
 
-if __name__ == "__main__": main(*sys.argv[1:])
+if __name__ == "__main__": (fork if sys.argv[1:2] == ["fork"] else main)(*sys.argv[1 + (sys.argv[1:2] == ["fork"]):])

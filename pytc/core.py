@@ -231,9 +231,10 @@ def limit_threads(count: int = None) -> int:
     os.environ.update(dict.fromkeys(POOLS, str(count)))
     # Threads that wait in a loop would burn a core which a neighbour on the same machine could use.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if torch := sys.modules.get("torch"): torch.set_num_threads(count)
     if numba := sys.modules.get("numba"): numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
     else: os.environ["NUMBA_NUM_THREADS"] = str(count)
+    # After numba, which opens a pool that both share, as large as the machine.
+    if torch := sys.modules.get("torch"): torch.set_num_threads(count)
     return count
 
 # %% ../nbs/00_core.ipynb #6467dfd0
