@@ -192,10 +192,10 @@ def lost_row(row, place: Place) -> Finding:
 
 def unasked_array(name: str, known: set) -> Finding:
     "What is to be said of an array that no row asks for."
-    label = posixpath.basename(name)
-    try: what = f"is not in the manifest" if one_of(label, known, "class of the challenge") else ""
+    what = "is not in the manifest"
+    try: one_of(posixpath.basename(name), known, "class of the challenge")
     except PytcError as error: what = str(error).split(";")[0]
-    return Finding("warning", name, what, "it is not scored; correct its name, or leave it out")
+    return Finding("warning", name or "the root", what, "it is not scored; correct its name, or leave it out")
 
 # %% ../nbs/19b_linting.ipynb #8b460960
 def numbers(attributes: dict, *keys):
