@@ -230,8 +230,9 @@ class ChunkReader:
         self.contents, self.folder, self.missing, self.damaged = contents, folder, 0, []
         try:
             self.shape, self.chunks = tuple(map(int, said["shape"])), tuple(map(int, said["chunks"]))
-            self.dtype, self.order, self.separator = np.dtype(said["dtype"]), said.get("order", "C"), said.get("dimension_separator", ".")
-            self.fill = np.array(said.get("fill_value") or 0).astype(self.dtype)
+            self.dtype, self.order = np.dtype(said["dtype"]), one_of(said.get("order", "C"), "CF", "order")
+            self.separator = one_of(said.get("dimension_separator", "."), "./", "separator")
+            self.fill = np.array(said.get("fill_value") or 0).astype(self.dtype).reshape(())
             self.codecs = [get_codec(dict(codec)) for codec in [*(said.get("filters") or []), said.get("compressor")] if codec]
         except Exception as error: raise Fault(f"{folder}/.zarray is no description of an array: {type(error).__name__} {error}") from error
         if said.get("zarr_format") != 2: raise Fault(f"{folder}/.zarray has zarr_format {said.get('zarr_format')!r}, not 2")
