@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SEARCH_PATH', 'RAW_NAME', 'CROP_NAME', 'TILE', 'get_formatted_fields', 'Crop', 'natural_order', 'raw_of',
-           'find_crops', 'on_grid', 'inside', 'Derived', 'present_at', 'read_targets', 'chances', 'whole_ids',
-           'MatchedCrop', 'check_reach', 'open_array', 'match_crop_space', 'check_place', 'least_type',
+           'find_crops', 'on_grid', 'inside', 'Derived', 'present_at', 'read_targets', 'kept_as_bytes', 'chances',
+           'whole_ids', 'MatchedCrop', 'check_reach', 'open_array', 'match_crop_space', 'check_place', 'least_type',
            'write_class_array', 'save_numpy_class_arrays_to_zarr']
 
 # %% ../nbs/18a_cellmap_layout.ipynb #b957da3e
@@ -144,7 +144,9 @@ class _Applied:
 
     def __getitem__(self, region):
         start, stop = zip(*[(side.start, side.stop) for side in region[-3:]])
-        return self.function(self.volume.read_voxels(start, stop))
+        values = self.volume.read_voxels(start, stop)
+        check_finite(values, self.volume.url, start)
+        return self.function(values)
 
 # %% ../nbs/18a_cellmap_layout.ipynb #15c56091
 def present_at(volume: Readable, grid: Grid):
@@ -166,13 +168,16 @@ def read_targets(
     return values * known, mask * known
 
 # %% ../nbs/18a_cellmap_layout.ipynb #89bd1c24
+def kept_as_bytes(volume: Readable) -> bool:
+    "Whether these are probabilities as pytc keeps them: uint8 in steps of 1/255."
+    return volume.dtype == np.uint8 and volume.attributes.get("kind") == "prediction"
+
+
 def chances(values, volume: Readable):
     "Probabilities as float32 from what is stored for a semantic class."
     if values.dtype.kind != "f":
-        # pytc keeps probabilities as uint8 in steps of 1/255.
-        if values.dtype == np.uint8 and volume.attributes.get("kind") == "prediction": return values.astype(np.float32) / 255
+        if kept_as_bytes(volume): return values.astype(np.float32) / 255
         return (values > 0).astype(np.float32)
-    check_finite(values, volume.url)
     if values.size and not 0 <= values.min() <= values.max() <= 1:
         raise PytcError(f"{volume.url} holds {values.min():g} to {values.max():g}, and probabilities are 0 to 1; apply a sigmoid first")
     return values.astype(np.float32)
@@ -180,11 +185,11 @@ def chances(values, volume: Readable):
 
 def whole_ids(values, volume: Readable):
     "Ids as unsigned whole numbers from what is stored for an instance class."
-    if values.dtype.kind in "iub" and (not values.size or values.min() >= 0): return values.astype(f"u{values.dtype.itemsize}")
-    check_finite(values, volume.url)
+    whole = values.dtype.kind in "iub"
+    if whole and not (kept_as_bytes(volume) or values.min(initial=0) < 0): return values.astype(f"u{values.dtype.itemsize}")
     ids = values.astype(np.uint64)
     # A float32 counts up to 2²⁴ without a gap.
-    if not np.array_equal(ids, values) or ids.max(initial=0) > 2**24:
+    if whole or not np.array_equal(ids, values) or ids.max(initial=0) > 2**24:
         raise PytcError(f"{volume.url} holds {values.dtype} values such as {values.max():g} that are no ids; "
                         "decode probabilities into instances first, and save them as uint32")
     return ids.astype(np.uint32)
@@ -281,7 +286,9 @@ def write_class_array(path, values, grid: Layout):
     import tensorstore as ts
     dtype, chunks = least_type(values, path), [min(64, n) for n in grid.shape]
     with named_errors(path, "written"), atomic_path(path) as partial:
-        made = ts.open(array_spec(partial, grid, dtype, chunks, 2), create=True, context=chunk_cache()).result()
+        # Chunks of zeros are written too, so that one that was lost is seen.
+        spec = {**array_spec(partial, grid, dtype, chunks, 2), "store_data_equal_to_fill_value": True}
+        made = ts.open(spec, create=True, context=chunk_cache()).result()
         for start, stop in blocks_of(grid.shape, (TILE,) * 3):
             place = tuple(map(slice, start, stop))
             part = values.read_voxels(start, stop) if isinstance(values, Readable) else values[place]
