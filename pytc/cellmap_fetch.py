@@ -18,11 +18,11 @@ import numpy as np
 from .cellmap_classes import get_test_crops
 from .cellmap_layout import CROP_NAME, RAW_NAME, SEARCH_PATH, inside
 from .cellmap_splits import AT_ONCE, chosen_rows, published_crop, published_rows, s3_pages, wanted_classes
-from .core import Box, PytcError, atomic_path, claim, free_bytes, log, progress, readable_bytes
+from .core import Box, PytcError, atomic_path, claim, free_bytes, progress, readable_bytes
 from .formats import levels_in, zarr_node
 from .sampling import at_level, borders, fitting
 from .sources import METADATA
-from .stores import RETRIES, ChunkedArray, Store, named_errors, opened, read_files
+from .stores import RETRIES, ChunkedArray, Store, named_error, named_errors, opened, read_files
 from .volumes import Grid, Readable, groups_above, open_volume, write_group
 
 # %% ../nbs/18d_cellmap_fetch.ipynb #c96cfbf5
@@ -45,12 +45,11 @@ def md5_of(etag) -> str:
     return found and found[1]
 
 
-def listed(store: Store, prefix: str) -> dict:
+def listed(store: Store, prefix: str = "") -> dict:
     "key -> Fact of the files below a store, on a disk or in a bucket, whose keys begin with `prefix`."
-    if not store.scheme:
-        files = [file for file in Path(store.url, prefix).rglob("*") if file.is_file()] if prefix[-1:] in ("", "/") else []
-        return {str(file.relative_to(store.url)): Fact(file.stat().st_size) for file in files}
-    return {one["Key"][len(store.key) + 1:]: Fact(one["Size"], md5_of(one["ETag"])) for page in s3_pages(store, prefix) for one in page.get("Contents", ())}
+    if store.scheme: return {one["Key"][len(store.key) + 1:]: Fact(one["Size"], md5_of(one["ETag"])) for page in s3_pages(store, prefix) for one in page.get("Contents", ())}
+    found = {str(file.relative_to(store.url)): file for file in Path(store.url).rglob("*") if file.is_file()}
+    return {key: Fact(file.stat().st_size) for key, file in found.items() if key.startswith(prefix)}
 
 # %% ../nbs/18d_cellmap_fetch.ipynb #e07e7951
 @functools.cache
@@ -59,32 +58,34 @@ def _session():
     from requests.adapters import HTTPAdapter
     from urllib3.util import Retry
     session = requests.Session()
-    for scheme in ("http://", "https://"): session.mount(scheme, HTTPAdapter(pool_maxsize=AT_ONCE, max_retries=Retry(RETRIES, backoff_factor=0.25, allowed_methods=["HEAD"], status_forcelist=[429, 500, 502, 503, 504])))
+    patience = Retry(RETRIES, backoff_factor=0.25, allowed_methods=["HEAD"], status_forcelist=[429, 500, 502, 503, 504])
+    for scheme in ("http://", "https://"): session.mount(scheme, HTTPAdapter(pool_maxsize=AT_ONCE, max_retries=patience))
     return session
 
 
-def asked(store: Store, key: str) -> Fact:
-    "What a web server says of a file; None if it has none."
+def asked(store: Store, key: str) -> dict:
+    "key -> Fact of one file on a web server, or on a disk; empty if there is none."
+    if not store.scheme: return {key: Fact(path.stat().st_size)} if (path := Path(store.url, key)).is_file() else {}
     import requests
     try: answer = _session().head(f"{store}/{key}", timeout=TIMEOUT, allow_redirects=True, headers={"Accept-Encoding": "identity"})
-    except requests.RequestException as error: raise PytcError(f"{store} could not be read: the server does not answer: check its address and the network") from error
+    except requests.RequestException as error: raise named_error(store, "read", f"UNAVAILABLE: {error}") from error
     # Servers that may not list say "forbidden" for what they do not have.
-    if answer.status_code in (403, 404): return None
-    if "Content-Length" not in answer.headers: raise PytcError(f"{store}/{key}: the server does not say how large it is (status {answer.status_code}); fetch from S3 instead")
+    if answer.status_code in (403, 404): return {}
+    if not answer.ok or "Content-Length" not in answer.headers: raise PytcError(f"{store}/{key}: the server says {answer.status_code} and not how large it is; try again later, or fetch from S3")
     # Only of S3 behind the web address is it known what an ETag means.
-    return Fact(int(answer.headers["Content-Length"]), md5_of(answer.headers.get("ETag")) if "x-amz-request-id" in answer.headers else None)
+    return {key: Fact(int(answer.headers["Content-Length"]), md5_of(answer.headers.get("ETag")) if "x-amz-request-id" in answer.headers else None)}
+
 
 def facts(
     store: Store,
-    keys,          # relative to the store
-    prefixes=None, # with which the keys begin, so that a bucket need not list more
+    keys,           # relative to the store
+    prefixes=("",), # with which the keys begin, so that a bucket need not list more
 ) -> dict:
     "key -> Fact of those keys that are there."
-    if store.scheme.startswith("http"): answer, questions = (lambda key: {key: asked(store, key)}), keys
-    elif store.scheme: answer, questions = (lambda prefix: listed(store, prefix)), sorted(prefixes or {""})
-    else: answer, questions = (lambda key: {key: Fact(Path(store.url, key).stat().st_size)} if Path(store.url, key).is_file() else {}), keys
-    with ThreadPoolExecutor(AT_ONCE) as pool: found = {key: fact for some in pool.map(answer, questions) for key, fact in some.items()}
-    return {key: found[key] for key in keys if found.get(key)}
+    look, questions = (listed, sorted(prefixes)) if store.scheme == "s3" else (asked, keys)
+    with ThreadPoolExecutor(AT_ONCE) as pool: answers = list(pool.map(functools.partial(look, store), questions))
+    found = {key: fact for answer in answers for key, fact in answer.items()}
+    return {key: found[key] for key in keys if key in found}
 
 # %% ../nbs/18d_cellmap_fetch.ipynb #9c4b8a60
 def needed_levels(levels: dict, voxel_size) -> list:
@@ -121,7 +122,7 @@ def labels_part(source: Store, target: Path) -> Part:
         levels = named_levels(source)
         keys = [f"{name}/{key}" for name, level in levels.items() for key in chunk_keys(level)[0]]
         return Part(source, target, facts(source, keys), image_files(levels))
-    there = listed(source, "")
+    there = listed(source)
     described = [key for key in there if key.rpartition("/")[2] in METADATA]
     if not described: raise PytcError(f"there are no labels at {source}; correct the address of the crop in manifest.csv, or name other classes")
     return Part(source, target, {key: fact for key, fact in there.items() if key not in described}, described)

@@ -90,7 +90,9 @@ def split_with_classes(
     chosen = divided(units, validation_prob, seed, **{f"may_{force}": whole})
     if not chosen or chosen == units: raise PytcError(f"with force_all_classes={force!r} a side is left without a {by}; {advice_for(by)}, or name fewer classes")
     allowed = lambda crop, side: side != force or crop in complete
-    return tuple([crop for crop in in_order(crops) if (unit_of(crop, by) in chosen) == (side == "validate") and allowed(crop, side)] for side in SIDES)
+    sides = tuple([crop for crop in in_order(crops) if (unit_of(crop, by) in chosen) == (side == "validate") and allowed(crop, side)] for side in SIDES)
+    if lost := len(crops) - sum(map(len, sides)): log.warning("%s crops lack a class and are on no side, as their dataset may not be on both", lost)
+    return sides
 
 # %% ../nbs/18c_cellmap_splits.ipynb #e87b21a6
 def class_counts(train: list, validate: list, classes: list) -> dict:
