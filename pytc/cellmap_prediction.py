@@ -21,6 +21,7 @@ from .challenge_scores import METRICS, score_crop
 from .convert import add_json, blocks_of
 from .core import Box, PytcError, atomic_path, check_same, claim, log, one_of, write_json
 from .decoding import at_thresholds, decode, decode_volume, decoders, told
+from .formats import Turned, in_order
 from .inference import InferenceManager, network_hash
 from .machine import memory_budget
 from .sampling import Resampled, resampled
@@ -92,13 +93,14 @@ def missing_share(
     start, stop, # voxels (z, y, x)
 ) -> float:
     "The share of the chunks of a region that are not on disk; 0 for formats without chunks."
-    array = getattr(volume._array, "whole", None)
-    if array is None: return 0.0
-    size = array.chunk_layout.read_chunk.shape[-3:]
+    array = volume._array if isinstance(volume._array, Turned) else Turned(volume._array, "czyx"[-len(volume.shape):])
+    chunks = getattr(array.array, "whole", None)
+    if chunks is None: return 0.0
+    size = in_order(chunks.chunk_layout.read_chunk.shape, array.axes)[-3:]
     low = [a // c * c for a, c in zip(start, size)]
     parts = [tuple(slice(o + a, min(o + b, n)) for o, a, b, n in zip(low, first, last, volume.shape[-3:]))
              for first, last in blocks_of([b - a for a, b in zip(low, stop)], size)]
-    asked = [array[(..., *part)].storage_statistics(query_not_stored=True) for part in parts]
+    asked = [chunks[array.theirs(part)].storage_statistics(query_not_stored=True) for part in parts]
     return float(np.mean([one.result().not_stored for one in asked]))
 
 # %% ../nbs/19d_cellmap_prediction.ipynb #55651c72
