@@ -9,7 +9,7 @@ __all__ = ['TILE', 'BETWEEN', 'TRIED', 'CropPlan', 'touched', 'plan_crop', 'miss
            'semantic_counts_of', 'instance_counts_of', 'best_of', 'rows_of', 'calibrate_classes']
 
 # %% ../nbs/19d_cellmap_prediction.ipynb #c2cf0baa
-import contextlib, json, math, shutil, time
+import contextlib, functools, json, math, shutil, time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -224,13 +224,16 @@ class CropImages:
     decoder: tuple = ("binary_components", {})
     min_volume: float = 0
 
+    @functools.cached_property
+    def network(self): return networks(self.manager)
+
     def path(self, plan, label, folder="."): return self.out / folder / f"{plan.dataset}.zarr/{plan.name}/{label}"
 
     def threshold(self, label): return float(self.thresholds.get(label, 0.5))
 
     def probability(self, plan, label) -> tuple:
         "`(path, attributes)` of the image of a class's probability."
-        made_by = self.manager._known(plan.image, plan.start, plan.stop, None, None)["made_by"]
+        made_by = {"network": self.network, "source": plan.image.url, "voxel_size": plan.voxel_size, "voxels": [plan.start, plan.stop], **self.manager.settings}
         return self.path(plan, label, "probabilities" if label in self.instances else "."), {"kind": "prediction", "channels": [label], "made_by": made_by}
 
     def image(self, plan, label) -> tuple:
@@ -243,19 +246,23 @@ class CropImages:
         "The classes of a crop that have no image yet; an image that was made otherwise is refused."
         return [row.class_label for row in plan.rows if not finished(*(of or self.image)(plan, row.class_label))]
 
-    def predict(self, plan):
-        "Write the probabilities of a crop that are not there yet."
+    def predict(self, plan, labels):
+        "Write the probabilities of these classes of a crop, where they are not there yet."
         working = self.out / "working" / f"{plan.dataset}-{plan.name}.zarr"
         with claim(working):
-            if left := self.left(plan, self.probability): write_probabilities(self.manager, plan, {label: self.probability(plan, label) for label in left}, working)
+            images = {label: self.probability(plan, label) for label in labels}
+            if left := {label: image for label, image in images.items() if not finished(*image)}: write_probabilities(self.manager, plan, left, working)
             shutil.rmtree(working, ignore_errors=True)
 
     def write(self, plan):
         "Write all images of a crop that are not there yet."
-        self.predict(plan)
-        for label in self.left(plan):
-            path, known = self.image(plan, label)
-            decode_volume(self.probability(plan, label)[0], path, known["decoder"]["name"], **known["decoder"]["params"])
+        with claim(self.out / "working" / f"{plan.dataset}-{plan.name}"):
+            left = self.left(plan)
+            if left: self.predict(plan, left)
+            for label in left:
+                if label not in self.instances: continue
+                path, known = self.image(plan, label)
+                decode_volume(self.probability(plan, label)[0], path, known["decoder"]["name"], **known["decoder"]["params"])
         for row in plan.rows:
             # Only said and not applied: another threshold needs no other image.
             if row.class_label not in self.instances: add_json(self.path(plan, row.class_label) / ".zattrs", threshold=self.threshold(row.class_label))
@@ -267,6 +274,7 @@ def read_thresholds(
 ) -> dict:
     "class -> threshold; refuses those of classes that are not predicted, and a file that was made with another network."
     if isinstance(thresholds, (str, Path)):
+        if not Path(thresholds).is_file(): raise PytcError(f"{thresholds} does not exist; make it with calibrate_classes, or leave thresholds out for 0.5")
         stored = json.loads(Path(thresholds).read_text())
         check_same(thresholds, stored["made_by"], {"network": networks(manager)})
         thresholds = stored["thresholds"]
@@ -291,7 +299,7 @@ def predict_crops(
     source=None,     # of the official lists
     **settings,      # keys of the config's section `inference`
 ) -> list:
-    "Predict every row of a class that the network knows; the paths of the images, in the order of the rows. The same call again goes on where it was stopped."
+    "Predict every row of a class that the network knows; the paths of the images, crop by crop. The same call again goes on where it was stopped."
     manager, rows = class_manager(module, **settings), fetch_test_crop_manifest(source=source) if rows is None else list(rows)
     plans = plan_crops(rows, lambda dataset: raw_of(root, dataset), manager.target.channels, manager.cfg.data.resolution, manager.settings["roi"])
     images = CropImages(manager, Path(out), frozenset(get_instance_classes(source)), read_thresholds(thresholds, manager), class_decoder(manager.cfg, decoder, params), min_volume)
@@ -394,13 +402,13 @@ def calibrate_classes(
     plans = plan_crops([row for crop in crops for row in rows_of(crop, classes)], {crop.dataset: crop.raw for crop in crops}.__getitem__,
                        classes, manager.cfg.data.resolution, manager.settings["roi"])
     images = CropImages(manager, Path(out), frozenset(classes), {}, decoder, min_volume)
-    for plan in in_time(plans, [images.left(plan, images.probability) for plan in plans]): images.predict(plan)
+    for plan in in_time(plans, [images.left(plan, images.probability) for plan in plans]): images.predict(plan, classes)
     opened = [(crop, {label: open_volume(images.probability(plan, label)[0]) for label in classes}) for crop, plan in zip(crops, plans)]
     counts = [semantic_counts_of(crop, [label for label in classes if label not in instances], found, source) for crop, found in opened]
     best = {label: best_of(tried, [instance_counts_of(crop, label, found[label], tried, decoder, min_volume) for crop, found in opened if label in crop.labels])
             if label in instances else best_threshold(sum(one[label] for one in counts)) for label in classes}
     if unseen := [label for label, (_, score) in best.items() if score is None]: log.warning("no crop shows %s: the threshold stays 0.5", ", ".join(unseen))
     thresholds, scores = ({label: pair[k] for label, pair in best.items()} for k in (0, 1))
-    made_by = {"network": networks(manager), "crops": [f"{crop.dataset}/{crop.name}" for crop in crops], "decoder": {"name": decoder[0], "params": decoder[1]}, "min_volume": min_volume}
+    made_by = {"network": images.network, "crops": [f"{crop.dataset}/{crop.name}" for crop in crops], "decoder": {"name": decoder[0], "params": decoder[1]}, "min_volume": min_volume}
     write_json(Path(out) / "thresholds.json", {"thresholds": thresholds, "scores": scores, "made_by": made_by})
     return thresholds
