@@ -193,7 +193,8 @@ def fitting(
 
 def at_level(volume: Readable, voxel_size) -> Readable:
     "The level of the image that a volume belongs to which fits a voxel size; the volume itself if it has no others."
-    if not isinstance(volume, Volume): return volume
+    # What is no array on disk, a view or voxels in memory, has no levels.
+    if type(volume) is not Volume: return volume
     source = source_of(volume.url, volume.axes)
     # What was opened with another voxel size than its file says has levels of which nobody knows the size.
     if source.place().voxel_size != volume.voxel_size: return volume
