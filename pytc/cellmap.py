@@ -10,8 +10,7 @@ __all__ = ['classes_of', 'with_classes', 'crops_of', 'BalancedShare', 'official_
            'make_s3_datasplit_csv']
 
 # %% ../nbs/18f_cellmap.ipynb #6d2ce5dd
-import functools, itertools
-from collections import Counter
+import contextlib, functools, io, itertools
 from pathlib import Path
 
 import numpy as np
@@ -94,7 +93,9 @@ def official_patches(
     label_of = lambda crop: f"{Path(next(iter(crop.labels.values()))).parent}/[{','.join(name for name in classes if name in crop.labels)}]"
     mirror = {"mirror": dict.fromkeys("zyx", 0.5)} if data.flip else None
     paths = {label_of(crop): crop.raw for crop in crops}
-    split = CellMapDataSplit({"raw": grid}, {"labels": grid}, classes, pad=True, spatial_transforms=mirror, dataset_dict={"train": [{"raw": raw, "gt": labels} for labels, raw in paths.items()]})
+    # Its bars are one for each kind of crop, and gone at once.
+    with contextlib.redirect_stderr(io.StringIO()):
+        split = CellMapDataSplit({"raw": grid}, {"labels": grid}, classes, pad=True, spatial_transforms=mirror, dataset_dict={"train": [{"raw": raw, "gt": labels} for labels, raw in paths.items()]})
     if lost := paths.keys() - {str(patches.target_path) for patches in split.train_datasets}:
         raise PytcError(f"cellmap-data left out {', '.join(sorted(lost))}: it opens no crop that is smaller than data.patch_size, nor one without voxels; name crops that it can open, or set dataset.reader=direct")
     return split.train_datasets_combined

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ABSENT', 'PRESENT', 'UNSAID', 'LARGEST', 'PIECE', 'PLACES', 'NOTHING', 'crop_grid', 'continued', 'OnGrid',
-           'chunks_there', 'raw_there', 'Coded', 'ClassesTarget', 'CodedTarget', 'DecodedCrops', 'Decoded', 'held_in',
-           'Contents', 'contents_of', 'CropPatches', 'CellMapMultiClassDataset', 'may_hold', 'warn_of',
-           'CellMapDataset', 'CellMapLossWrapper']
+           'chunks_there', 'raw_there', 'Coded', 'CodedTarget', 'DecodedCrops', 'Decoded', 'held_in', 'Contents',
+           'contents_of', 'CropPatches', 'CellMapMultiClassDataset', 'may_hold', 'warn_of', 'CellMapDataset',
+           'CellMapLossWrapper']
 
 # %% ../nbs/18e_cellmap_datasets.ipynb #836ee7f4
 import collections, functools, itertools, math
@@ -28,7 +28,7 @@ from .patches import PatchDataset, as_tensor, blocks, read_image, trimmed
 from .regions import Labels
 from .sampling import at_level, borders, sample, taps_for
 from .sources import source_of
-from .targets import LabelTarget, Target, targets
+from .targets import ClassesTarget, Target
 from .volumes import Grid, Layout, Readable, open_volume
 
 # %% ../nbs/18e_cellmap_datasets.ipynb #f4937845
@@ -121,22 +121,6 @@ class Coded(Readable):
         return self.codes[key]
 
 # %% ../nbs/18e_cellmap_datasets.ipynb #282b751b
-@targets.register("cellmap_classes")
-class ClassesTarget(LabelTarget):
-    "A channel per class of the challenge, each with a mask of its own; `CellMapMultiClassDataset` makes the values."
-    no_inverse = "its classes overlap, and each is for itself: apply a threshold to a semantic class, and components or a watershed to an instance class"
-
-    def __init__(self, classes):
-        self.channels = tuple(map(str, classes))
-        if not self.channels or isinstance(classes, str): raise PytcError(f"classes {classes!r} were given; write a list of names, e.g. [mito, er]")
-        if len(self.channels) == 1: self.decoder, self.no_inverse = "binary_components", None
-
-    @property
-    def attributes(self): return {"classes": list(self.channels)}
-
-    def __call__(self, labels): raise PytcError("labels do not say which of the challenge's classes they are; take patches from CellMapMultiClassDataset")
-
-
 class CodedTarget(ClassesTarget):
     "Writes out the numbers of one crop."
 

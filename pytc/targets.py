@@ -7,7 +7,7 @@ __all__ = ['targets', 'Target', 'LabelTarget', 'build_target', 'AffinityTarget',
            'DistanceTarget', 'InstanceDistanceTarget', 'SemanticDistanceTarget', 'SignedDistanceTarget',
            'SkeletonDistanceTarget', 'FlowTarget', 'LocalShapeTarget', 'SmallObjectTarget', 'ThinProcessTarget',
            'with_voxel_size', 'TargetOfTarget', 'ErodedTarget', 'QuantizedTarget', 'from_levels', 'WeightedTarget',
-           'decoded_heads', 'HeadsTarget']
+           'decoded_heads', 'HeadsTarget', 'ClassesTarget']
 
 # %% ../nbs/06_targets.ipynb #8c8b26b8
 import inspect
@@ -412,3 +412,19 @@ class HeadsTarget(LabelTarget):
         labels = signed_labels(labels, self.unknown)
         made = [target(labels) for target in self.heads.values()]
         return Target(np.concatenate([m.values for m in made]), np.concatenate([m.mask for m in made]))
+
+# %% ../nbs/06_targets.ipynb #f44192a7
+@targets.register("cellmap_classes")
+class ClassesTarget(LabelTarget):
+    "A channel per class of the challenge, each with a mask of its own; `CellMapMultiClassDataset` makes the values."
+    no_inverse = "its classes overlap, and each is for itself: apply a threshold to a semantic class, and components or a watershed to an instance class"
+
+    def __init__(self, classes):
+        self.channels = tuple(map(str, classes))
+        if not self.channels or isinstance(classes, str): raise PytcError(f"classes {classes!r} were given; write a list of names, e.g. [mito, er]")
+        if len(self.channels) == 1: self.decoder, self.no_inverse = "binary_components", None
+
+    @property
+    def attributes(self): return {"classes": list(self.channels)}
+
+    def __call__(self, labels): raise PytcError("labels do not say which of the challenge's classes they are; take patches from CellMapMultiClassDataset")
