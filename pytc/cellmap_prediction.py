@@ -22,7 +22,6 @@ from .convert import add_json, blocks_of
 from .core import Box, PytcError, atomic_path, check_same, claim, log, one_of, write_json
 from .decoding import at_thresholds, decode, decode_volume, decoders, told
 from .formats import Turned, in_order
-from .inference import InferenceManager, network_hash
 from .machine import memory_budget
 from .sampling import Resampled, resampled
 from .samples import MemoryVolume
@@ -146,8 +145,9 @@ def plan_crops(
 TILE = 64, 128, 128 # voxels of all classes that are sorted at a time: whole chunks of what is read and of what is written
 
 
-def class_manager(module, **settings) -> InferenceManager:
-    "How a network, or several, is applied to crops: it gives probabilities of classes, as bytes."
+def class_manager(module, **settings):
+    "The `InferenceManager` by which a network, or several, is applied to crops: it gives probabilities of classes, as bytes."
+    from pytc.inference import InferenceManager
     if given := {"dtype", "maps"} & set(settings): raise PytcError(f"{' and '.join(sorted(given))} cannot be set here: probabilities of classes are kept as uint8, and nothing beside them")
     if not hasattr(module[0] if isinstance(module, (list, tuple)) else module, "target"): raise PytcError("a function does not say which classes it predicts; give a module of pytc.training.load_module")
     return InferenceManager(module, **settings, dtype="uint8", maps=[])
@@ -166,7 +166,7 @@ def strips(
 
 
 def write_probabilities(
-    manager: InferenceManager,
+    manager, # as of `class_manager`
     plan: CropPlan,
     images: dict,       # class -> (path, attributes)
     working,            # a folder; what a stopped call left there is continued
@@ -217,7 +217,7 @@ def decoder_at(decoder: tuple, threshold: float, min_volume: float, voxel_size) 
 @dataclass(frozen=True)
 class CropImages:
     "The images of crops below `out`: where they are, what they say of themselves, and how they come to be."
-    manager: InferenceManager
+    manager: object # as of `class_manager`
     out: Path
     instances: frozenset # the classes that are decoded
     thresholds: dict     # class -> 0…1; default 0.5
@@ -270,7 +270,7 @@ class CropImages:
 # %% ../nbs/19d_cellmap_prediction.ipynb #30364b5c
 def read_thresholds(
     thresholds, # class -> 0…1, or the file of `calibrate_classes`; None for 0.5
-    manager: InferenceManager,
+    manager,    # as of `class_manager`
 ) -> dict:
     "class -> threshold; refuses those of classes that are not predicted, and a file that was made with another network."
     if isinstance(thresholds, (str, Path)):
@@ -284,7 +284,10 @@ def read_thresholds(
     return dict(thresholds or {})
 
 
-def networks(manager: InferenceManager) -> list: return [network_hash(member) for member in manager.members]
+def networks(manager) -> list:
+    "What tells the networks apart: of each the hash of its weights."
+    from pytc.inference import network_hash
+    return [network_hash(member) for member in manager.members]
 
 
 def predict_crops(
