@@ -7,7 +7,7 @@ ROOT, PYTHON, BIN = Path(__file__).resolve().parents[1], sys.executable, Path(sy
 COVERED = 80  # per cent of the lines of pytc/ that its notebooks must run
 HEAVY = {"torch", "monai", "lightning", "cellmap_data"}  # seconds each, so they stay out of `import pytc` and of `pytc --help`
 PRELOADED = "torch lightning.pytorch torchmetrics monai.transforms monai.networks.nets matplotlib.pyplot numba scipy.ndimage scipy.stats hypothesis IPython".split()
-VERBS = "train predict decode corrections evaluate suspects validate tune report info convert plan doctor download demo".split()
+VERBS = "train predict decode corrections evaluate suspects validate tune fetch split submit package lint score report info convert plan doctor download demo".split()
 FIB25 = {"voi_sum": 1.6, "adapted_rand_error": 0.25}  # a run on real tissue must score below these
 
 # Nothing of the caller's shell may change what is tested: its git, its PYTHONPATH, nbdev's own switch. Without

@@ -25,8 +25,8 @@ from .cellmap_classes import (TestCropRow, fetch_test_crop_manifest, get_class_r
 from .cellmap_datasets import CellMapDataset, CellMapLossWrapper, CellMapMultiClassDataset
 from .cellmap_fetch import fetch_data
 from .cellmap_layout import find_crops, get_formatted_fields, match_crop_space, save_numpy_class_arrays_to_zarr
-from .cellmap_splits import class_counts, counts_table, make_datasplit_csv, make_s3_datasplit_csv, read_datasplit, split_crops
-from .core import PytcError, one_of
+from .cellmap_splits import class_counts, counts_table, datasplit_text, make_datasplit_csv, make_s3_datasplit_csv, read_datasplit, split_crops
+from .core import PytcError, atomic_path, one_of
 from .datasets import ConnectomicsDataModule, EpochSampler, PatchLoader, rank_and_world, worker_context
 from .normalization import Normalization, measure
 from .targets import build_target
@@ -176,6 +176,10 @@ class CellMapDataModule(LightningDataModule):
         sample = self.train[index]
         batch = {name: values[None] for name, values in sample.items() if torch.is_tensor(values)}
         return {name: values[0] for name, values in self.on_after_batch_transfer(batch, 0).items()}
+
+    def keep_split(self, path):
+        "Write which crops train and which validate, as `make_datasplit_csv` does."
+        with atomic_path(path) as partial: partial.write_text(datasplit_text(self.crops, self.validation_crops))
 
     def __str__(self): return counts_table(class_counts(self.crops, self.validation_crops, self.classes))
 

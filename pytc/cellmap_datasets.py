@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from .caching import Held, cache_budget, hold, part_bytes
-from .cellmap_classes import class_atoms, get_tested_classes, inferred, patterns, relation
+from .cellmap_classes import class_atoms, get_tested_classes, inferred, patterns
 from .cellmap_layout import Crop, find_crops, inside, present_at
 from .core import PytcError, log, one_of
 from .losses import create_loss
@@ -231,7 +231,8 @@ class CropPatches(PatchDataset):
         image = OnGrid(raw, layout)
         if (chunks := chunks_there(image.volume, grid)) and not chunks[0].any():
             raise PytcError(f"{image.volume.url} has no chunk on disk where {self.coded.url} is, so its raw reads as zeros; fetch the raw of this crop, or leave it out")
-        super().__init__(image, Labels(self.coded, unknown=0, method="nearest"), CodedTarget(self.coded), patch_size, normalization.on(image), transform=transform, seed=seed, min_known=0, overhang=True)
+        labels = Labels(self.coded, unknown=0, method="nearest")
+        super().__init__(image, labels, CodedTarget(self.coded), patch_size, normalization.on(image), seed=seed, min_known=0, overhang=True, transform=transform)
         hold(self, functools.partial(held_in, cache))
 
     # A crop may be smaller than a patch, and is looked through only when it is used.
@@ -368,6 +369,7 @@ class CellMapDataset(CellMapMultiClassDataset):
     def __init__(self, *given, length: int = None, **options):
         super().__init__(*given, length=length, **options)
         self.data_samples = [{"dataset": crop.dataset, "crop": crop.name, "class": name} for crop in self.crops for name in self.classes if name in crop.labels]
+        if not self.data_samples: raise PytcError(f"none of {', '.join(self.classes)} was annotated itself in {len(self.crops)} crops; choose other crops or classes")
         number = {(crop.dataset, crop.name): k for k, crop in enumerate(self.crops)}
         self.pairs = [(number[one["dataset"], one["crop"]], self.classes.index(one["class"])) for one in self.data_samples]
         if not self.endless: self.pairs = [(tile, c) for k, c in self.pairs for tile, (own, _) in enumerate(self.tiles) if own == k]

@@ -293,7 +293,7 @@ def networks(manager) -> list:
 
 def predict_crops(
     module,         # from `pytc.training.load_module`, or a list of such; its channels are names of classes
-    root,           # the folder of the datasets
+    root,           # the folder of the datasets, or dataset -> where its raw is
     out,            # the folder of the images
     rows=None,      # `TestCropRow`s; default: the challenge's test crops
     *,
@@ -305,7 +305,7 @@ def predict_crops(
 ) -> list:
     "Predict every row of a class that the network knows; the paths of the images, crop by crop. The same call again goes on where it was stopped."
     manager, rows = class_manager(module, **settings), fetch_test_crop_manifest(source=source) if rows is None else list(rows)
-    plans = plan_crops(rows, lambda dataset: raw_of(root, dataset), manager.target.channels, manager.cfg.data.resolution, manager.settings["roi"])
+    plans = plan_crops(rows, root.__getitem__ if isinstance(root, dict) else lambda dataset: raw_of(root, dataset), manager.target.channels, manager.cfg.data.resolution, manager.settings["roi"])
     images = CropImages(manager, Path(out), frozenset(get_instance_classes(source)), read_thresholds(thresholds, manager), class_decoder(manager.cfg, decoder, params), min_volume)
     for plan in in_time(plans, [images.left(plan) for plan in plans]): images.write(plan)
     return [images.path(plan, row.class_label) for plan in plans for row in plan.rows]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'Box_', 'VoxelSize', 'Axes', 'Overrides', 'corrections', 'options', 'train', 'predict', 'decode', 'evaluate',
-           'suspects', 'validate', 'tune', 'corrections_export', 'corrections_apply', 'report', 'info', 'convert',
-           'doctor', 'plan', 'download', 'demo', 'main']
+           'suspects', 'validate', 'tune', 'corrections_export', 'corrections_apply', 'fetch', 'split', 'submit',
+           'package', 'lint', 'score', 'report', 'info', 'convert', 'doctor', 'plan', 'download', 'demo', 'main']
 
 # %% ../nbs/22_cli.ipynb #36ae47ba
 import os, sys, time
@@ -229,6 +229,108 @@ def corrections_apply(
     counts = made.attributes["corrections"]
     print(f"wrote: {labels_out}, {made}, {counts['merged']} merged and {counts['split']} split: {counts['objects']} objects and {counts['known']:.2%} of the voxels are known")
     print(f"to train on it: data.train_label={labels_out} data.unknown=-1, and data.min_known lower than that")
+
+# %% ../nbs/22_cli.ipynb #aa9b168a
+def _names(text):
+    "`'a,b'` as a list; None stays None."
+    return [part.strip() for part in text.split(",") if part.strip()] if text else None
+
+
+@app.command()
+def fetch(
+    root: Annotated[Path, typer.Argument(help="The folder of the datasets.")] = Path("data"),
+    datasets: Annotated[Optional[str], typer.Option(metavar="NAME,NAME", help="Default: all.")] = None,
+    crops: Annotated[Optional[str], typer.Option(metavar="1,2|test", help="Numbers, or test: the raw around the test crops; default: all training crops.")] = None,
+    classes: Annotated[Optional[str], typer.Option(metavar="NAME,NAME|tested", help="Default: whatever is annotated.")] = None,
+    raw_padding: Annotated[int, typer.Option(help="Raw around the crops, in voxels of the finest raw.")] = 0,
+    all_resolutions: Annotated[bool, typer.Option("--fetch-all-em-resolutions", help="Also raw that is finer than the labels.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say how much it is.")] = False,
+    source: Annotated[Optional[str], typer.Option(help="Folder or address of the official lists; default: PYTC_CELLMAP, else the official package.")] = None,
+):
+    "Fetch annotated crops of the CellMap challenge and the raw around them; goes on where it was stopped."
+    from pytc.cellmap_fetch import fetch_data
+    chosen = "test" if crops == "test" else _names(crops)
+    fetch_data(root, _names(datasets), chosen, "tested" if classes == "tested" else _names(classes), raw_padding, all_resolutions, dry_run, source)
+
+
+@app.command()
+def split(
+    root: Annotated[Path, typer.Argument(help="The folder of the datasets.")] = Path("data"),
+    out: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path("datasplit.csv"),
+    classes: Annotated[str, typer.Option(metavar="NAME,NAME|tested", help="What is to be learned.")] = "tested",
+    datasets: Annotated[Optional[str], typer.Option(metavar="NAME,NAME", help="Default: all.")] = None,
+    crops: Annotated[Optional[str], typer.Option(metavar="1,2", help="Default: all.")] = None,
+    validation_prob: Annotated[float, typer.Option(help="The share that validates.")] = 0.1,
+    by: Annotated[str, typer.Option(metavar="crop|dataset", help="What is drawn; by dataset, none is on both sides.")] = "crop",
+    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    scale: Annotated[Optional[str], typer.Option(metavar="Z,Y,X", help="Only labels with voxels of at most so many nm.")] = None,
+    force_all_classes: Annotated[str, typer.Option(metavar="False|True|train|validate", help="Only crops with all classes, everywhere or on one side.")] = "False",
+    source: Annotated[Optional[str], typer.Option(help="Folder or address of the official lists; default: PYTC_CELLMAP, else the official package.")] = None,
+):
+    "Say which crops of the CellMap challenge train and which validate, in its own format."
+    from pytc.cellmap_splits import make_datasplit_csv
+    make_datasplit_csv("tested" if classes == "tested" else _names(classes), root, out, _names(datasets), _names(crops), validation_prob, by, seed,
+                       _sizes(scale, "--scale"), force_all_classes, source=source)
+    print(f"wrote {out}")
+
+# %% ../nbs/22_cli.ipynb #a414f103
+@app.command()
+def submit(
+    run: Annotated[str, typer.Argument(help="A run folder or checkpoint; or a YAML, which is trained in OUT/run.")],
+    out: Annotated[Path, typer.Argument(help="The folder for predictions, submission.zip and scores; that of a stopped call: go on.")],
+    overrides: Overrides = None,
+    root: Annotated[Optional[str], typer.Option(help="The folder with the raw of the test crops; default: dataset.data_root of the config.")] = None,
+    manifest: Annotated[Optional[str], typer.Option(help="A file or an address; default: the official one.")] = None,
+    truth: Annotated[Optional[Path], typer.Option(help="ground_truth.zarr, to score what will be handed in.")] = None,
+    workers: Annotated[Optional[int], typer.Option(min=1, help="Rows packed and scored at a time; default: by cores.")] = None,
+):
+    "Train if need be, predict every row of the manifest, pack, lint, and score: a submission."
+    from pytc.handing_in import submit as hand_in
+    print(f"wrote {hand_in(run, out, root, manifest, truth, overrides or (), workers)}")
+
+
+@app.command()
+def package(
+    predictions: Annotated[str, typer.Argument(help="Their folder, or a path with {dataset} and {crop} in it.")],
+    out: Annotated[Path, typer.Argument(help="submission.zarr; the zip is written beside it.")] = Path("submission.zarr"),
+    thresholds: Annotated[Optional[list[str]], typer.Argument(metavar="[CLASS=THRESHOLD]...", help="Of probabilities, e.g. er=0.4; default: 0.5.")] = None,
+    manifest: Annotated[Optional[str], typer.Option(help="A file or an address; default: the official one.")] = None,
+    missing: Annotated[str, typer.Option(help="A row without prediction: refuse, or zeros.")] = "refuse",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew; otherwise what is whole is kept.")] = False,
+    workers: Annotated[Optional[int], typer.Option(min=1, help="Rows at a time; default: one per core.")] = None,
+):
+    "Pack predictions of the CellMap challenge as a submission. Stopped, it goes on."
+    from pytc.packaging import package_submission
+    zipped = package_submission(predictions, out, overwrite, workers, manifest=manifest, thresholds=_values(thresholds), missing=missing)
+    print(f"wrote {zipped}; before it is handed in: pytc lint {zipped}")
+
+
+@app.command()
+def lint(
+    submission: Annotated[Path, typer.Argument(help="A zip, whoever made it, or its folder.")],
+    manifest: Annotated[Optional[str], typer.Option(help="A file or an address; default: the official one.")] = None,
+):
+    "Name every fault of a submission to the CellMap challenge; the exit code is 1 if there are errors."
+    from pytc.linting import lint_submission, lint_table
+    findings = lint_submission(submission, manifest)
+    print(lint_table(findings))
+    if any(one.severity == "error" for one in findings): raise typer.Exit(1)
+
+
+@app.command()
+def score(
+    submission: Annotated[Path, typer.Argument(help="submission.zip, or the submission.zarr that it was made of.")],
+    truth: Annotated[Path, typer.Argument(help="ground_truth.zarr of crops in the manifest.")],
+    manifest: Annotated[Optional[str], typer.Option(help="Manifest of the crops, file or address; default: the official test crops.")] = None,
+    metric: Annotated[str, typer.Option(help="A version of the challenge's metric.")] = "cellmap_2026_06",
+    out: Annotated[Optional[Path], typer.Option(help="A folder for rows as they are done, scores.json, scores_extended.json, scores.csv, scores.png.")] = None,
+    workers: Annotated[Optional[int], typer.Option(min=1, help="Processes; default: by cores, memory and work.")] = None,
+):
+    "Score a CellMap submission as the evaluator does: per class, overall, and strictly."
+    from pytc.challenge_scores import score_table
+    from pytc.submission_scores import score_submission
+    print(score_table(score_submission(submission, truth, manifest, metric, out, workers)))
+    for name in ("scores.json", "scores_extended.json", "scores.csv", "scores.png") if out else (): print(f"wrote {out / name}")
 
 # %% ../nbs/22_cli.ipynb #10a34166
 @app.command()

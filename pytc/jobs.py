@@ -104,9 +104,10 @@ def _inputs(cfg, config) -> list:
     urls = [url for key, url in cfg.data.items() if key.endswith(("_image", "_label", "_mask"))] + [*cfg.evaluation.references.values(), cfg.evaluation.skeletons]
     urls += [source[key] for source in cfg.data.sources for key in ("image", "label", "mask")]
     # What lies on a server is checked when it is opened.
-    paths = list(dict.fromkeys(url.partition(":/")[0] for url in urls if url and "://" not in url))
-    for path in paths:
-        if not Path(path).exists(): raise PytcError(f"{path} does not exist; check the paths of the section data in {config}")
+    paths = list(dict.fromkeys(url.partition(":/")[0] for url in [*urls, cfg.dataset.datasplit_csv] if url and "://" not in url))
+    # Of crops in a large folder the run keeps the list; the folder itself would take hours to sum up.
+    for path in [*paths, cfg.dataset.data_root or "."]:
+        if not Path(path).exists(): raise PytcError(f"{path} does not exist; check the paths of the sections data and dataset in {config}")
     return paths
 
 
@@ -170,7 +171,7 @@ def train(
         run_notebook("train", run_dir, {"run_dir": str(run_dir.resolve()), "fast_dev_run": fast_dev_run, "reset": list(reset), **begin})
     if fast_dev_run: return run_dir
     try:
-        if cfg.data.val_box or cfg.data.val_image: run_notebook("evaluate", run_dir, {"run_dir": str(run_dir.resolve())})
+        if cfg.dataset.name or cfg.data.val_box or cfg.data.val_image: run_notebook("evaluate_cellmap" if cfg.dataset.name else "evaluate", run_dir, {"run_dir": str(run_dir.resolve())})
     except PytcError:
         report(run_dir)  # scores below what was required are best understood by looking
         raise
