@@ -403,6 +403,7 @@ def _checked(config, path):
         (not any(OmegaConf.is_missing(s, key) for s in data.sources for key in ("image", "label")), "every entry of data.sources needs image and label"),
         (config.dataset.name in (None, "cellmap"), f"dataset.name is {config.dataset.name!r}; choose cellmap, or leave the section out"),
         (not config.dataset.name or (config.dataset.data_root and data.resolution), "dataset.name is cellmap, which needs dataset.data_root and data.resolution (nm along z, y, x)"),
+        (not (config.dataset.name and config.system.auto), "system.auto plans for volumes, not for crops of the challenge; leave it out and start from tutorials/cellmap_base.yaml"),
         (0 <= config.dataset.validation_prob < 1, "dataset.validation_prob is a fraction from 0 to below 1"),
         (config.dataset.split_by in ("crop", "dataset") and config.dataset.reader in ("direct", "cellmap-data"), "dataset.split_by is crop or dataset, dataset.reader direct or cellmap-data"),
         (0 <= config.inference.overlap < 1, "inference.overlap is a fraction from 0 to below 1"),
