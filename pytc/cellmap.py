@@ -86,18 +86,21 @@ class BalancedShare(DistributedSampler):
 
 def official_patches(
     crops: list, classes: list,
-    data,         # a config's section `data`
+    data,          # a config's section `data`
+    seed: int = 0, # of its mirrors
 ):
     "The training patches of cellmap-data: NaN where nothing is known."
-    from cellmap_data import CellMapDataSplit
+    from cellmap_data import CellMapDataset, CellMapDataSplit
+    from cellmap_data.transforms import Binarize, NaNtoNum
     grid = {"shape": list(data.patch_size), "scale": list(data.resolution)}
     label_of = lambda crop: f"{Path(next(iter(crop.labels.values()))).parent}/[{','.join(name for name in classes if name in crop.labels)}]"
-    mirror = {"mirror": dict.fromkeys("zyx", 0.5)} if data.flip else None
-    paths = {label_of(crop): crop.raw for crop in crops}
-    split = CellMapDataSplit({"raw": grid}, {"labels": grid}, classes, pad=True, spatial_transforms=mirror, dataset_dict={"train": [{"raw": raw, "gt": labels} for labels, raw in paths.items()]})
-    if lost := paths.keys() - {str(patches.target_path) for patches in split.train_datasets}:
-        raise PytcError(f"cellmap-data left out {', '.join(sorted(lost))}: it opens no crop that is smaller than data.patch_size, nor one without voxels; name crops that it can open, or set dataset.reader=direct")
-    return split.train_datasets_combined
+    how = dict(input_arrays={"raw": grid}, target_arrays={"labels": grid}, classes=classes, pad=True)
+    # Its split would not pass on a seed, and would leave out what has no patches.
+    transforms = dict(spatial_transforms={"mirror": dict.fromkeys("zyx", 0.5)} if data.flip else None, raw_value_transforms=NaNtoNum({"nan": 0}), target_value_transforms=Binarize())
+    patches = [CellMapDataset(crop.raw, label_of(crop), **how, **transforms, seed=seed + k) for k, crop in enumerate(crops)]
+    if lost := [one.target_path for one in patches if not one.verify()]:
+        raise PytcError(f"cellmap-data finds no place for a patch in {', '.join(lost)}: it must lie within the raw, and within the crop or around its middle; take smaller patches, leave these crops out, or set dataset.reader=direct")
+    return CellMapDataSplit(**how, datasets={"train": patches}).train_datasets_combined
 
 
 def from_official(batch: dict, normalization) -> dict:
@@ -145,7 +148,7 @@ class CellMapDataModule(LightningDataModule):
     @functools.cached_property
     def train(self):
         "Training patches, as `dataset.reader` reads them."
-        if self.cfg.dataset.reader == "cellmap-data": return official_patches(self.crops, self.classes, self.data)
+        if self.cfg.dataset.reader == "cellmap-data": return official_patches(self.crops, self.classes, self.data, self.cfg.system.seed)
         return self._patches(self.crops, "train", length=self.length, augmentor=build_train_transforms(self.cfg, self.voxel_size))
 
     @functools.cached_property
