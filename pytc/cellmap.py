@@ -23,7 +23,7 @@ from torch.utils.data import DistributedSampler
 from .augment import build_train_transforms
 from .caching import cache_budget
 from .cellmap_classes import (TestCropRow, fetch_test_crop_manifest, get_class_relations, get_instance_classes, get_test_crops, get_tested_classes)
-from .cellmap_datasets import CellMapDataset, CellMapLossWrapper, CellMapMultiClassDataset
+from .cellmap_datasets import CellMapDataset, CellMapLossWrapper, CellMapMultiClassDataset, may_hold
 from .cellmap_fetch import fetch_data
 from .cellmap_layout import find_crops, get_formatted_fields, match_crop_space, save_numpy_class_arrays_to_zarr
 from .cellmap_splits import class_counts, counts_table, make_datasplit_csv, make_s3_datasplit_csv, read_datasplit, split_crops
@@ -59,13 +59,16 @@ def with_classes(cfg):
 
 
 def crops_of(cfg) -> tuple:
-    "`(training crops, validation crops)` of a config."
+    "`(training crops, validation crops)` of a config: those that tell of any of its classes."
     wanted, classes = cfg.dataset, classes_of(cfg.dataset)
-    if wanted.datasplit_csv: train, validate = read_datasplit(wanted.datasplit_csv)
-    else:
-        found = find_crops(wanted.data_root, wanted.datasets, wanted.crops, classes)
-        train, validate = split_crops(found, wanted.validation_prob, wanted.split_by, cfg.system.seed) if cfg.data.validation else (found, [])
-    return tuple([crop for crop in side if set(crop.labels) & set(classes)] for side in (train, validate))
+    def telling(crops):
+        # cellmap-data derives no class from its parts.
+        if wanted.reader == "cellmap-data": return [crop for crop in crops if set(crop.labels) & set(classes)]
+        return [crops[k] for k in sorted({k for some in may_hold(crops, classes).values() for k in some})]
+    if wanted.datasplit_csv: return tuple(map(telling, read_datasplit(wanted.datasplit_csv)))
+    found = telling(find_crops(wanted.data_root, wanted.datasets, wanted.crops))
+    if not (cfg.data.validation and wanted.validation_prob): return found, []
+    return split_crops(found, wanted.validation_prob, wanted.split_by, cfg.system.seed)
 
 # %% ../nbs/18f_cellmap.ipynb #b6cb167e
 class BalancedShare(DistributedSampler):
