@@ -22,7 +22,7 @@ from torch.utils.data import DistributedSampler
 from .augment import build_train_transforms
 from .caching import cache_budget
 from .cellmap_classes import (TestCropRow, fetch_test_crop_manifest, get_class_relations, get_instance_classes, get_test_crops, get_tested_classes)
-from .cellmap_datasets import CellMapDataset, CellMapLossWrapper, CellMapMultiClassDataset
+from .cellmap_datasets import CellMapDataset, CellMapLossWrapper, CellMapMultiClassDataset, may_hold
 from .cellmap_fetch import fetch_data
 from .cellmap_layout import find_crops, get_formatted_fields, match_crop_space, save_numpy_class_arrays_to_zarr
 from .cellmap_splits import class_counts, counts_table, datasplit_text, make_datasplit_csv, make_s3_datasplit_csv, read_datasplit, split_crops
@@ -58,13 +58,16 @@ def with_classes(cfg):
 
 
 def crops_of(cfg) -> tuple:
-    "`(training crops, validation crops)` of a config."
+    "`(training crops, validation crops)` of a config: those that tell of any of its classes."
     wanted, classes = cfg.dataset, classes_of(cfg.dataset)
-    if wanted.datasplit_csv: train, validate = read_datasplit(wanted.datasplit_csv)
-    else:
-        found = find_crops(wanted.data_root, wanted.datasets, wanted.crops, classes)
-        train, validate = split_crops(found, wanted.validation_prob, wanted.split_by, cfg.system.seed) if cfg.data.validation else (found, [])
-    return tuple([crop for crop in side if set(crop.labels) & set(classes)] for side in (train, validate))
+    def telling(crops):
+        # cellmap-data derives no class from its parts.
+        if wanted.reader == "cellmap-data": return [crop for crop in crops if set(crop.labels) & set(classes)]
+        return [crops[k] for k in sorted({k for some in may_hold(crops, classes).values() for k in some})]
+    if wanted.datasplit_csv: return tuple(map(telling, read_datasplit(wanted.datasplit_csv)))
+    found = telling(find_crops(wanted.data_root, wanted.datasets, wanted.crops))
+    if not (cfg.data.validation and wanted.validation_prob): return found, []
+    return split_crops(found, wanted.validation_prob, wanted.split_by, cfg.system.seed)
 
 # %% ../nbs/18f_cellmap.ipynb #b6cb167e
 class BalancedShare(DistributedSampler):
@@ -85,20 +88,21 @@ class BalancedShare(DistributedSampler):
 
 def official_patches(
     crops: list, classes: list,
-    data,         # a config's section `data`
+    data,          # a config's section `data`
+    seed: int = 0, # of its mirrors
 ):
     "The training patches of cellmap-data: NaN where nothing is known."
-    from cellmap_data import CellMapDataSplit
+    from cellmap_data import CellMapDataset, CellMapDataSplit
+    from cellmap_data.transforms import Binarize, NaNtoNum
     grid = {"shape": list(data.patch_size), "scale": list(data.resolution)}
     label_of = lambda crop: f"{Path(next(iter(crop.labels.values()))).parent}/[{','.join(name for name in classes if name in crop.labels)}]"
-    mirror = {"mirror": dict.fromkeys("zyx", 0.5)} if data.flip else None
-    paths = {label_of(crop): crop.raw for crop in crops}
-    # Its bars are one for each kind of crop, and gone at once.
-    with contextlib.redirect_stderr(io.StringIO()):
-        split = CellMapDataSplit({"raw": grid}, {"labels": grid}, classes, pad=True, spatial_transforms=mirror, dataset_dict={"train": [{"raw": raw, "gt": labels} for labels, raw in paths.items()]})
-    if lost := paths.keys() - {str(patches.target_path) for patches in split.train_datasets}:
-        raise PytcError(f"cellmap-data left out {', '.join(sorted(lost))}: it opens no crop that is smaller than data.patch_size, nor one without voxels; name crops that it can open, or set dataset.reader=direct")
-    return split.train_datasets_combined
+    how = dict(input_arrays={"raw": grid}, target_arrays={"labels": grid}, classes=classes, pad=True)
+    # Its split would not pass on a seed, and would leave out what has no patches.
+    transforms = dict(spatial_transforms={"mirror": dict.fromkeys("zyx", 0.5)} if data.flip else None, raw_value_transforms=NaNtoNum({"nan": 0}), target_value_transforms=Binarize())
+    patches = [CellMapDataset(crop.raw, label_of(crop), **how, **transforms, seed=seed + k) for k, crop in enumerate(crops)]
+    if lost := [one.target_path for one in patches if not one.verify()]:
+        raise PytcError(f"cellmap-data finds no place for a patch in {', '.join(lost)}: it must lie within the raw, and within the crop or around its middle; take smaller patches, leave these crops out, or set dataset.reader=direct")
+    return CellMapDataSplit(**how, datasets={"train": patches}).train_datasets_combined
 
 
 def from_official(batch: dict, normalization) -> dict:
@@ -146,7 +150,7 @@ class CellMapDataModule(LightningDataModule):
     @functools.cached_property
     def train(self):
         "Training patches, as `dataset.reader` reads them."
-        if self.cfg.dataset.reader == "cellmap-data": return official_patches(self.crops, self.classes, self.data)
+        if self.cfg.dataset.reader == "cellmap-data": return official_patches(self.crops, self.classes, self.data, self.cfg.system.seed)
         return self._patches(self.crops, "train", length=self.length, augmentor=build_train_transforms(self.cfg, self.voxel_size))
 
     @functools.cached_property

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['TIMEOUT', 'TRIES', 'Fact', 'md5_of', 'listed', 'asked', 'facts', 'needed_levels', 'chunk_keys', 'Part', 'labels_part',
            'image_files', 'named_levels', 'raw_part', 'is_here', 'fetch_file', 'write_file', 'describe', 'fetching',
-           'Account', 'account', 'planned', 'is_test', 'rows_for', 'fetch_data', 'stored_chunks', 'covered']
+           'Account', 'account', 'planned', 'is_test', 'rows_for', 'fetch_data', 'stored_chunks', 'chunks_under',
+           'covered']
 
 # %% ../nbs/18d_cellmap_fetch.ipynb #8daaa3a1
 import functools, hashlib, re
@@ -19,7 +20,7 @@ from .cellmap_classes import get_test_crops
 from .cellmap_layout import CROP_NAME, RAW_NAME, SEARCH_PATH, inside
 from .cellmap_splits import AT_ONCE, chosen_rows, published_crop, published_rows, s3_pages, wanted_classes
 from .core import Box, PytcError, atomic_path, claim, free_bytes, progress, readable_bytes
-from .formats import levels_in, zarr_node
+from .formats import Turned, in_order, levels_in, zarr_node
 from .sampling import at_level, borders, fitting
 from .sources import METADATA
 from .stores import RETRIES, ChunkedArray, Store, named_error, named_errors, opened, read_files
@@ -274,17 +275,31 @@ def fetch_data(
 
 # %% ../nbs/18d_cellmap_fetch.ipynb #7de598f2
 def stored_chunks(
-    level: Readable,
-    first, last, # chunks (z, y, x), inclusive
-    chunk,       # voxels
+    array: Turned, # over what is in chunks
+    first, last,   # chunks (z, y, x), inclusive
+    chunk,         # voxels
 ):
-    "(z, y, x) bool: which of some chunks of an array in chunks are there."
-    array, shape = level._array.filled, tuple(b - a + 1 for a, b in zip(first, last))
-    region = lambda a, b: array[tuple(slice(i * c, min((j + 1) * c, n)) for i, j, c, n in zip(a, b, chunk, level.shape))]
+    "(z, y, x) bool: which of some chunks of an array are there."
+    shape = tuple(b - a + 1 for a, b in zip(first, last))
+    region = lambda a, b: array.array.filled[array.theirs(tuple(slice(i * c, min((j + 1) * c, n)) for i, j, c, n in zip(a, b, chunk, array.shape[-3:])))]
     # One question is enough where all is there.
     if region(first, last).storage_statistics(query_fully_stored=True).result().fully_stored: return np.ones(shape, bool)
     there = [region(k, k).storage_statistics(query_fully_stored=True) for k in (np.add(first, k) for k in np.ndindex(shape))]
     return np.array([one.result().fully_stored for one in there]).reshape(shape)
+
+
+def chunks_under(level: Readable, grid: Grid):
+    "`(there, touched)`: which of the chunks that a grid is read from are there, (z, y, x) bool, and per axis the first and last of them that each voxel needs; None if the array has no chunks."
+    array = level._array if isinstance(level._array, Turned) else Turned(level._array, "czyx"[-len(level.shape):])
+    if not isinstance(array.array, ChunkedArray): return None
+    chunk, touched = in_order(array.array.filled.chunk_layout.write_chunk.shape, array.axes)[-3:], []
+    for axis, (n, length) in enumerate(zip(grid.shape, level.shape)):
+        low, high = borders(level, grid, axis, 0, n)
+        # Interpolation takes the two voxels beside the middle.
+        ends = np.floor(np.minimum(low, (low + high) / 2 - 0.5)), np.ceil(np.maximum(high, (low + high) / 2 + 0.5)) - 1
+        touched.append(np.stack(ends).clip(0, length - 1).astype(int) // chunk[axis])
+    first, last = ([int(side(ends)) for ends in touched] for side in (np.min, np.max))
+    return stored_chunks(array, first, last, chunk), [ends - a for ends, a in zip(touched, first)]
 
 
 def covered(
@@ -294,15 +309,8 @@ def covered(
     "(z, y, x) bool: the voxels of a grid for which all raw that any method of `on_grid` reads is there."
     level = at_level(volume, grid.voxel_size)
     there = inside(level, grid)
-    if not there.any() or not isinstance(level._array, ChunkedArray): return there
-    chunk, spans = level._array.filled.chunk_layout.write_chunk.shape, []
-    for axis, (n, length) in enumerate(zip(grid.shape, level.shape)):
-        low, high = borders(level, grid, axis, 0, n)
-        # Interpolation takes the two voxels beside the middle.
-        ends = np.floor(np.minimum(low, (low + high) / 2 - 0.5)), np.ceil(np.maximum(high, (low + high) / 2 + 0.5)) - 1
-        spans.append(np.stack(ends).clip(0, length - 1).astype(int) // chunk[axis])
-    first, last = ([int(side(span)) for span in spans] for side in (np.min, np.max))
-    stored = stored_chunks(level, first, last, chunk)
-    for axis, (begin, end) in enumerate(spans):
-        stored = np.stack([stored.take(range(a, b + 1), axis).all(axis) for a, b in zip(begin - first[axis], end - first[axis])], axis)
+    if not there.any() or (found := chunks_under(level, grid)) is None: return there
+    stored, touched = found
+    for axis, (begin, end) in enumerate(touched):
+        stored = np.stack([stored.take(range(a, b + 1), axis).all(axis) for a, b in zip(begin, end)], axis)
     return there & stored

@@ -70,7 +70,7 @@ def split_crops(
 
 
 def advice_for(by: str) -> str:
-    return "fetch more crops" if by == "crop" else "split by crop, or fetch crops of another dataset"
+    return ("fetch more crops" if by == "crop" else "split by crop, fetch crops of another dataset") + ", or train without validation"
 
 # %% ../nbs/18c_cellmap_splits.ipynb #58178844
 SIDES = "train", "validate"

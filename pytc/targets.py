@@ -422,6 +422,7 @@ class ClassesTarget(LabelTarget):
     def __init__(self, classes):
         self.channels = tuple(map(str, classes))
         if not self.channels or isinstance(classes, str): raise PytcError(f"classes {classes!r} were given; write a list of names, e.g. [mito, er]")
+        if len(set(self.channels)) < len(self.channels): raise PytcError(f"classes {', '.join(self.channels)} were given; name each once")
         if len(self.channels) == 1: self.decoder, self.no_inverse = "binary_components", None
 
     @property

@@ -207,7 +207,7 @@ def array_spec(path, layout: Layout, dtype, chunks, version: int) -> dict:
     "What tensorstore needs to create one level."
     if version == 2:
         compressor = {"id": "blosc", "cname": "zstd", "clevel": 3, "shuffle": 1}
-        kind = {"chunks": chunks, "dtype": np.dtype(dtype).str, "dimension_separator": "/", "compressor": compressor}
+        kind = {"chunks": chunks, "dtype": np.dtype(dtype).str, "dimension_separator": "/", "compressor": compressor, "fill_value": np.zeros((), dtype).item()}
     else:
         codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "zstd", "configuration": {"level": 3}}]
         kind = {"data_type": np.dtype(dtype).name, "codecs": codecs, "dimension_names": list("czyx")[-len(chunks):],
