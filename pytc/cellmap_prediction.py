@@ -21,6 +21,7 @@ from .challenge_scores import METRICS, score_crop
 from .convert import add_json, blocks_of
 from .core import Box, PytcError, atomic_path, check_same, claim, log, one_of, write_json
 from .decoding import at_thresholds, decode, decode_volume, decoders, told
+from .descriptors import compact_labels
 from .formats import Turned, in_order
 from .machine import memory_budget
 from .sampling import Resampled, resampled
@@ -367,7 +368,8 @@ def instance_counts_of(crop, label, probability, tried, decoder, min_volume) -> 
     "The challenge's strict counts of a class in a crop at each threshold."
     truth, (name, params) = crop.grid(label), decoder
     params = {**told(name, None, probability.voxel_size), "min_size": least_voxels(min_volume, probability.voxel_size), **params}
-    labels_at, true = at_thresholds(name, probability.read(), **params), truth.read()
+    # The ids of a crop that was cut out have gaps, and the highest one decides how many objects are too many.
+    labels_at, true = at_thresholds(name, probability.read(), **params), compact_labels(truth.read())[0]
     at_truth = lambda labels: MatchedCrop(MemoryVolume(labels, probability.voxel_size, probability.offset), truth, True).read()
     return [score_crop(at_truth(labels_at(byte_of(threshold))), true, label, truth.voxel_size)["strict"] for threshold in tried]
 

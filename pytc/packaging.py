@@ -149,7 +149,8 @@ class Record:
 
     def __init__(self, root: Path):
         self.root, self.file = root, root.with_suffix(".json")
-        self.made = json.loads(self.file.read_text()) if self.file.exists() else {}
+        try: self.made = json.loads(self.file.read_text()) if self.file.exists() else {}
+        except ValueError as error: raise PytcError(f"{self.file}, which says what is whole, is damaged ({error}); begin anew with overwrite=True") from error
 
     def has(self, task: Task) -> bool: return (self.root / task.name).is_dir() and self.made.get(task.name) == task.made_of()
 

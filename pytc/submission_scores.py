@@ -27,7 +27,7 @@ from .convert import blocks_of
 from .core import PytcError, atomic_path, claim, cpu_budget, limit_threads, log, one_of, readable_bytes, write_json
 from .linting import crops_in, zarr_folders
 from .machine import memory_budget, peak_memory, reset_peak_memory
-from .packaging import row_name
+from .packaging import row_name, some
 from .stores import chunk_cache, named_errors, small_cache
 from .viewing import save_picture
 from .volumes import Grid, Layout, Readable, times
@@ -201,8 +201,9 @@ def prefix_of(handed: Arrays, crops: set) -> str:
 
 def plan(handed: Arrays, truth: Arrays, rows, metric: str) -> list:
     "A `RowTask` for each row that the truth has."
-    rows = [row for row in rows if row_name(row) in truth.names]
+    lacks, rows = [row_name(row) for row in rows if row_name(row) not in truth.names], [row for row in rows if row_name(row) in truth.names]
     if not rows: raise PytcError(f"{truth.path} has no array of the manifest; it holds {', '.join(sorted(truth.names)[:5]) or 'no array at all'}, wanted is crop123/mito and so on")
+    if lacks: log.warning("%s: no array of the truth for %d rows of the manifest, which are not scored: %s", truth.path, len(lacks), some(lacks))
     names = {row_name(row) for row in rows}
     other = sorted(name for name in set(truth.names) - names if name.removesuffix("_mask") not in names)
     if other: log.warning("%s: %s in the truth and in no row of the manifest: not scored", truth.path, ", ".join(other))
@@ -333,7 +334,8 @@ def kept_rows(out, known: dict) -> dict:
     "The rows that are done, if they are of the same submission, truth, rows and metric."
     file = Path(out) / ROWS
     if not file.exists(): return {}
-    stored = json.loads(file.read_text(encoding="utf-8"))
+    try: stored = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error: raise PytcError(f"{file} is damaged ({error}); remove it, and scoring begins anew") from error
     changed = [key for key in known if stored["made_by"].get(key) != known[key]]
     if changed: log.warning("%s was made with another %s; scoring begins anew", out, " and another ".join(changed))
     return {} if changed else stored["rows"]
