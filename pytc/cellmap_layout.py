@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SEARCH_PATH', 'RAW_NAME', 'CROP_NAME', 'TILE', 'get_formatted_fields', 'Crop', 'natural_order', 'raw_of',
            'find_crops', 'on_grid', 'inside', 'Derived', 'present_at', 'read_targets', 'kept_as_bytes', 'chances',
-           'whole_ids', 'MatchedCrop', 'check_reach', 'open_array', 'match_crop_space', 'check_place', 'least_type',
-           'write_class_array', 'save_numpy_class_arrays_to_zarr']
+           'whole_ids', 'MatchedCrop', 'check_units', 'check_reach', 'open_array', 'match_crop_space', 'check_place',
+           'least_type', 'write_class_array', 'save_numpy_class_arrays_to_zarr']
 
 # %% ../nbs/18a_cellmap_layout.ipynb #b957da3e
 import glob, re
@@ -21,7 +21,7 @@ from .core import PytcError, atomic_path, log, one_of, refuse_existing, write_js
 from .formats import zarr_node
 from .sampling import at_level, sample
 from .stores import chunk_cache, named_errors
-from .volumes import Grid, Layout, Readable, Volume, array_spec, check_finite, open_volume, write_group
+from .volumes import Grid, Layout, Readable, Volume, array_spec, check_finite, open_volume, times, write_group
 
 # %% ../nbs/18a_cellmap_layout.ipynb #84ce5d3c
 SEARCH_PATH = "{root}/{dataset}/{dataset}.zarr/recon-1/{name}"
@@ -229,11 +229,18 @@ class _Matched:
         return (on_grid(self.source, self.grid, "area", 0, start, stop) > self.threshold).astype(np.uint8)
 
 
+def check_units(volume: Grid, grid: Grid, where):
+    "Raise if the voxels of one grid are a million times smaller than those of another, as micrometres for nanometres make them."
+    if not 1e-6 < np.prod(np.divide(volume.voxel_size, grid.voxel_size)) < 1e6:
+        raise PytcError(f"{where} has voxels of {times(volume.voxel_size)} nm and the crop of {times(grid.voxel_size)} nm; write voxel sizes and translations in nm, the one or the other is not")
+
+
 def check_reach(volume: Grid, grid: Grid):
     "Raise if a volume has no voxel of a grid; warn if it lacks some."
+    check_units(volume, grid, volume.url)
     there = [len(k) / n for (k, _), n in zip(volume.nearest(grid.offset, grid.voxel_size, grid.shape), grid.shape)]
     if not min(there): raise PytcError(f"{volume.url} covers {volume.box} and nothing of the crop, {grid.box}; predict the crop's own place")
-    if min(there) < 1: log.warning("%s covers %.0f %% of the crop, %s; the rest will be 0", volume.url, 100 * np.prod(there), grid.box)
+    if min(there) < 1: log.warning("%s covers %.1f %% of the crop, %s; the rest will be 0", volume.url, 100 * np.prod(there), grid.box)
 
 # %% ../nbs/18a_cellmap_layout.ipynb #0b5bb068
 def open_array(url) -> Volume:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from .cellmap_classes import fetch_test_crop_manifest, get_instance_classes, no_repeats, TestCropRow
-from .cellmap_layout import Derived, MatchedCrop, chances, inside, on_grid, raw_of, read_targets
+from .cellmap_layout import Derived, MatchedCrop, chances, check_units, inside, on_grid, raw_of, read_targets
 from .challenge_scores import METRICS, score_crop
 from .convert import add_json, blocks_of
 from .core import Box, PytcError, atomic_path, check_same, claim, log, one_of, write_json
@@ -79,6 +79,7 @@ def plan_crop(
     "What is to be predicted of a crop; raises if there is no raw for it."
     raw = open_volume(raw)
     image = resampled(raw, resolution) if resolution else raw
+    for row in rows: check_units(image, row.grid, f"what the network sees of {raw.url}")
     plan = CropPlan(name, dataset, tuple(rows), raw, image, (0, 0, 0), image.shape[-3:])
     start, stop = touched(image, plan.wanted)
     if not all(a < b for a, b in zip(start, stop)):

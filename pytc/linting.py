@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SEVERITIES', 'SHOWN', 'LARGEST_CHUNK', 'SLAB', 'SPECK', 'MANY', 'Finding', 'lint_table', 'Fault', 'Contents',
-           'Zipped', 'Folder', 'zip_faults', 'open_submission', 'folders_with', 'find_root', 'below', 'Place',
+           'Zipped', 'Folder', 'zip_faults', 'open_submission', 'folders_with', 'zarr_folders', 'crops_in', 'Place',
            'tree_faults', 'lost_row', 'unasked_array', 'numbers', 'place_faults', 'ChunkReader', 'Parts',
            'object_faults', 'type_fault', 'value_faults', 'array_faults', 'rest_faults', 'lint_submission']
 
@@ -141,37 +141,46 @@ def folders_with(contents: Contents, file: str) -> set:
     return {posixpath.dirname(name) for name in contents.sizes if posixpath.basename(name) == file}
 
 
-def find_root(contents: Contents) -> str:
-    "The folder that holds the crops: the root, or the one `….zarr` that is all there is."
-    tops = {name.split("/")[0] for name in contents.sizes}
-    return next(iter(tops)) if len(tops) == 1 and (top := next(iter(tops))).endswith(".zarr") and top not in contents.sizes else ""
+def zarr_folders(names) -> list:
+    "The folders `….zarr` among the names of files, outer ones first."
+    return sorted({name[:found.end() - 1] for name in names for found in re.finditer(r"\.zarr/", name)})
 
 
-def below(folder: str, *names) -> str: return "/".join([*([folder] if folder else []), *names])
+def crops_in(names) -> dict:
+    "crop -> its folder: those inside of the one `….zarr` come before those in the root."
+    inside = f"{folders[0]}/" if len(folders := zarr_folders(names)) == 1 else ""
+    def below(top): return {(crop := name[len(top):].split("/")[0]): top + crop for name in names if name.startswith(top) and "/" in name[len(top):]}
+    return below("") | below(inside)
 
-
+# %% ../nbs/19b_linting.ipynb #c8be9550
 @dataclass
 class Place:
-    "Where things are in a submission: its root, its arrays, and how a crop is called there."
-    root: str
+    "Where things are in a submission: its folders `….zarr`, its crops, its arrays, and how a crop is called there."
+    inside: list
+    crops: dict      # crop -> its folder
     arrays: set
     newer: set       # folders of Zarr 3
     prefix: str      # of crops: crop or nothing
 
     @classmethod
     def of(cls, contents):
-        root = find_root(contents)
-        arrays, newer = folders_with(contents, ".zarray"), folders_with(contents, "zarr.json")
-        tops = {name.removeprefix(below(root, "")).split("/")[0] for name in arrays}
+        crops, arrays, newer = crops_in(contents.sizes), folders_with(contents, ".zarray"), folders_with(contents, "zarr.json")
+        tops = {crop for crop, folder in crops.items() if any(name.startswith(f"{folder}/") for name in arrays)}
         bare = tops and not any(top.startswith("crop") for top in tops) and all(top.isdigit() for top in tops)
-        return cls(root, arrays, newer, "" if bare else "crop")
+        return cls(zarr_folders(contents.sizes), crops, arrays, newer, "" if bare else "crop")
 
-    def array(self, row) -> str: return below(self.root, f"{self.prefix}{row.id}", row.class_label)
+    @property
+    def root(self): return self.inside[0] if len(self.inside) == 1 else ""
 
-# %% ../nbs/19b_linting.ipynb #9bc97c54
+    def array(self, row) -> str:
+        crop = f"{self.prefix}{row.id}"
+        return f"{self.crops.get(crop, crop)}/{row.class_label}"
+
+# %% ../nbs/19b_linting.ipynb #eef64442
 def tree_faults(contents: Contents, place: Place):
     "`Finding`s of what lies above the arrays."
-    if place.root: yield Finding("warning", place.root, "is a folder around everything", "taken, as it is the only one; pack from inside it")
+    if place.root: yield Finding("warning", place.root, "is a folder in the zip, from which the crops are taken", "taken, as it is the only one; pack from inside it")
+    if len(place.inside) > 1: yield Finding("error", ", ".join(place.inside[:SHOWN]), f"are {len(place.inside)} Zarr folders in the zip, for which all of it is refused", "put the crops of all into the root, without folders of datasets above them")
     if not place.prefix: yield Finding("warning", "all crops", "are called by their numbers alone", "taken, as all are; call them crop101, crop102, …")
     groups = {place.root} | {posixpath.dirname(array) for array in place.arrays if posixpath.dirname(array)}
     for group in sorted(groups - folders_with(contents, ".zgroup") - place.newer): yield Finding("warning", group or "the root", "has no .zgroup", "taken, but pack it: it says that this is a Zarr group")
@@ -185,7 +194,7 @@ def lost_row(row, place: Place) -> Finding:
     if above & place.newer: return error("is Zarr of version 3, which the evaluator does not see: not handed in", "write zarr_format=2")
     inside = sorted(array for array in place.arrays if array.startswith(f"{here}/"))
     if inside: return error(f"is a group with {', '.join(a.removeprefix(here + '/') for a in inside)}: not handed in", "the array itself has to be there, without levels")
-    deeper = sorted(array for array in place.arrays if f"/{array}/".endswith((f"/{name}/", f"/{name}/s0/")))
+    deeper = sorted(array for array in place.arrays if array != here and f"/{array}/".endswith((f"/{name}/", f"/{name}/s0/")))
     if deeper: return error(f"lies at {deeper[0]}: not handed in", "put the crops in the root, without folders of datasets above them")
     return error("is missing, which counts as every voxel or object missed", "hand in zeros at least, which never score worse")
 
@@ -346,7 +355,7 @@ def value_faults(reader: ChunkReader, instance: bool):
     if math.isnan(low): yield "error", "holds NaN or infinity", "write whole numbers"
     elif low < 0: yield "error", f"holds negative values, the least is {low}", "0 is background, ids begin at 1"
     if instance and high > np.iinfo(np.uint32).max: yield "warning", f"has ids up to {high}", "number them from 1; few tools keep more than 32 bits"
-    if not filled and not reader.missing: yield "note", "is empty", "fine if none of it is in the crop"
+    if not filled and not reader.missing and not reader.damaged: yield "note", "is empty", "fine if none of it is in the crop"
     if filled == math.prod(reader.shape) and not instance: yield "warning", "is full: every voxel is present", "compare the threshold with the range of the probabilities"
     yield from (("warning", *one) for one in object_faults(*parts.result()))
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOST_FINER', 'TILE', 'CACHE_BYTES', 'BYTES_PER_VOXEL', 'SLOWER', 'WORTH', 'ROWS', 'RATIOS', 'COUNTS', 'Stored',
-           'opened_zip', 'files_of', 'root_of', 'Arrays', 'said_place', 'RowTask', 'same_grid', 'check_handed',
+           'opened_zip', 'files_of', 'check_folders', 'Arrays', 'said_place', 'RowTask', 'same_grid', 'check_handed',
            'manifest_rows', 'true_array', 'prefix_of', 'plan', 'row_task', 'read_tiled', 'score_row', 'warn_of_gaps',
            'work_of', 'bytes_of', 'workers_for', 'measured_row', 'all_rows', 'score_of', 'told_rows', 'kept_rows',
            'score_submission', 'class_table', 'write_scores', 'score_picture', 'official_evaluation',
@@ -15,6 +15,7 @@ import contextlib, csv, hashlib, io, json, multiprocessing, re, time, zipfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,9 @@ from .cellmap_layout import MatchedCrop
 from .challenge_scores import INSTANCE_CLASSES, METRICS, SEMANTIC_CLASSES, pool_scores, score_crop
 from .convert import blocks_of
 from .core import PytcError, atomic_path, claim, cpu_budget, limit_threads, log, one_of, readable_bytes, write_json
+from .linting import crops_in, zarr_folders
 from .machine import memory_budget, peak_memory, reset_peak_memory
+from .packaging import row_name, some
 from .stores import chunk_cache, named_errors, small_cache
 from .viewing import save_picture
 from .volumes import Grid, Layout, Readable, times
@@ -69,12 +72,11 @@ def files_of(path, archive: zipfile.ZipFile = None) -> dict:
     return {name: (about.st_size, about.st_mtime_ns) for name, about in files.items()}
 
 
-def root_of(files, path) -> str:
-    "The folder in which the crops are: the one `*.zarr` inside, or all."
-    inside = sorted({found[0] for name in files if (found := re.match(r".*?\.zarr/", name))})
-    if len(inside) > 1: raise PytcError(f"{path} holds {len(inside)} Zarr folders ({', '.join(inside)}), and one is scored; hand in one")
-    if inside: log.warning("%s holds the folder %s, in which the crops are looked for; zip what is inside of it, not the folder", path, inside[0])
-    return inside[0] if inside else ""
+def check_folders(files, path):
+    "Refuse several folders `….zarr`, warn of one."
+    inside = zarr_folders(files)
+    if len(inside) > 1: raise PytcError(f"{path} holds {len(inside)} Zarr folders ({', '.join(inside[:5])}), which the evaluator refuses; put the crops of all into the root")
+    if inside: log.warning("%s holds the folder %s, from which the crops are taken; zip what is inside of it, not the folder", path, inside[0])
 
 # %% ../nbs/19c_submission_scores.ipynb #a7ab287f
 class Arrays:
@@ -83,10 +85,13 @@ class Arrays:
     def __init__(self, path):
         self.path, self.archive, inside = Path(path), opened_zip(path), {}
         self.files = files_of(path, self.archive)
-        self.root = root_of(self.files, path)
-        for name in self.files:
-            parts = name.removeprefix(self.root).split("/", 2)
-            if name.startswith(self.root) and len(parts) == 3: inside.setdefault("/".join(parts[:2]), set()).add(parts[2])
+        check_folders(self.files, path)
+        self.folders = crops_in(self.files)
+        crop_at, depths = {folder: crop for crop, folder in self.folders.items()}, {folder.count("/") + 1 for folder in self.folders.values()}
+        for name, depth in product(self.files, depths):
+            parts = name.split("/", depth + 1)
+            crop = crop_at.get("/".join(parts[:depth]))
+            if crop and len(parts) == depth + 2: inside.setdefault(f"{crop}/{parts[depth]}", set()).add(parts[-1])
         self.names = {name for name, files in inside.items() if ".zarray" in files}
         self.unseen = {name: "of Zarr version 3" if "zarr.json" in files else "a group and no array" for name, files in inside.items() if name not in self.names}
         if not inside: raise PytcError(f"{path} holds no crop with a class in it; it should hold crop123/mito and so on")
@@ -97,9 +102,14 @@ class Arrays:
     @property
     def stamp(self) -> str: return hashlib.sha256(repr(sorted(self.files.items())).encode()).hexdigest()[:16]
 
+    def place(self, name: str) -> str:
+        "Where `crop/class`, or a file of it, is."
+        crop, rest = name.split("/", 1)
+        return f"{self.folders[crop]}/{rest}"
+
     def json(self, name: str) -> dict:
         "A file of metadata; empty if it is not there."
-        name = self.root + name
+        name = self.place(name)
         if name not in self.files: return {}
         return json.loads(self.archive.read(name) if self.archive else (self.path / name).read_bytes())
 
@@ -109,8 +119,8 @@ class Arrays:
         with named_errors(url):
             about, attributes = self.json(f"{name}/.zarray"), self.json(f"{name}/.zattrs")
             shape, dtype = tuple(about["shape"]), np.dtype(about["dtype"])
-        store = {"driver": "file", "path": f"{path}/{self.root}{name}/"}
-        if self.archive: store = {"driver": "zip", "base": {"driver": "file", "path": path}, "path": f"{self.root}{name}/"}
+        store = {"driver": "file", "path": f"{path}/{self.place(name)}/"}
+        if self.archive: store = {"driver": "zip", "base": {"driver": "file", "path": path}, "path": f"{self.place(name)}/"}
         return Stored(url, store, shape, dtype, *said_place(attributes, shape, grid, url))
 
 
@@ -138,7 +148,7 @@ class RowTask:
     metric: str
 
     @property
-    def name(self): return f"crop{self.row.id}/{self.row.class_label}"
+    def name(self): return row_name(self.row)
 
     @property
     def instances(self): return self.row.class_label in INSTANCE_CLASSES
@@ -191,9 +201,10 @@ def prefix_of(handed: Arrays, crops: set) -> str:
 
 def plan(handed: Arrays, truth: Arrays, rows, metric: str) -> list:
     "A `RowTask` for each row that the truth has."
-    rows = [row for row in rows if f"crop{row.id}/{row.class_label}" in truth.names]
+    lacks, rows = [row_name(row) for row in rows if row_name(row) not in truth.names], [row for row in rows if row_name(row) in truth.names]
     if not rows: raise PytcError(f"{truth.path} has no array of the manifest; it holds {', '.join(sorted(truth.names)[:5]) or 'no array at all'}, wanted is crop123/mito and so on")
-    names = {f"crop{row.id}/{row.class_label}" for row in rows}
+    if lacks: log.warning("%s: no array of the truth for %d rows of the manifest, which are not scored: %s", truth.path, len(lacks), some(lacks))
+    names = {row_name(row) for row in rows}
     other = sorted(name for name in set(truth.names) - names if name.removesuffix("_mask") not in names)
     if other: log.warning("%s: %s in the truth and in no row of the manifest: not scored", truth.path, ", ".join(other))
     prefix = prefix_of(handed, {row.id for row in rows})
@@ -202,7 +213,7 @@ def plan(handed: Arrays, truth: Arrays, rows, metric: str) -> list:
 
 def row_task(handed: Arrays, truth: Arrays, row: TestCropRow, prefix: str, metric: str) -> RowTask:
     "One row with what belongs to it."
-    name, own = f"crop{row.id}/{row.class_label}", f"{prefix}{row.id}/{row.class_label}"
+    name, own = row_name(row), f"{prefix}{row.id}/{row.class_label}"
     true, mask = true_array(truth, name, row), true_array(truth, f"{name}_mask", row)
     found, why = handed.stored(own, row.grid) if own in handed.names else None, ""
     if found: check_handed(found, row)
@@ -292,7 +303,8 @@ def all_rows(tasks: list, workers: int):
             running = {pool.submit(measured_row, task): task for task in tasks}
             for one in as_completed(running): yield running[one], one.result()
         except BrokenProcessPool as error:
-            raise PytcError(f"a process was killed, most often for lack of memory; try again with max_workers={max(1, workers // 2)}, what is done is kept where out was given") from error
+            raise PytcError(f"a process was killed, most often for lack of memory: try again with max_workers={max(1, workers // 2)}, what is done is kept where out was given; "
+                            'or a script calls this at its top level: put the call below `if __name__ == "__main__":`') from error
         finally: pool.shutdown(cancel_futures=True)
 
 
@@ -322,7 +334,8 @@ def kept_rows(out, known: dict) -> dict:
     "The rows that are done, if they are of the same submission, truth, rows and metric."
     file = Path(out) / ROWS
     if not file.exists(): return {}
-    stored = json.loads(file.read_text(encoding="utf-8"))
+    try: stored = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error: raise PytcError(f"{file} is damaged ({error}); remove it, and scoring begins anew") from error
     changed = [key for key in known if stored["made_by"].get(key) != known[key]]
     if changed: log.warning("%s was made with another %s; scoring begins anew", out, " and another ".join(changed))
     return {} if changed else stored["rows"]
